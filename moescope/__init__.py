@@ -1,0 +1,60 @@
+"""See, and change, what happens inside mixture-of-experts language models while they run.
+
+Names resolve when first used, so that `import moescope` loads neither torch nor transformers nor dash.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from moescope.core.versions import VERSION as __version__
+
+if TYPE_CHECKING:
+    from moescope.analysis_api import analyses, analyze
+    from moescope.core.errors import IncompleteError, InputError, MoescopeError, RunError, StoreError
+    from moescope.core.result import Result
+    from moescope.probes.anatomy import Anatomy
+    from moescope.probes.corpus import Corpus
+    from moescope.probes.live_model import LiveModel
+    from moescope.probes.loading import load
+    from moescope.probes.record import record
+    from moescope.report.write import write_report
+    from moescope.store.run import Run
+    from moescope.store.store import Store
+
+_HOME = {
+    "Anatomy": "moescope.probes.anatomy",
+    "Corpus": "moescope.probes.corpus",
+    "IncompleteError": "moescope.core.errors",
+    "InputError": "moescope.core.errors",
+    "LiveModel": "moescope.probes.live_model",
+    "MoescopeError": "moescope.core.errors",
+    "Result": "moescope.core.result",
+    "Run": "moescope.store.run",
+    "RunError": "moescope.core.errors",
+    "Store": "moescope.store.store",
+    "StoreError": "moescope.core.errors",
+    "analyses": "moescope.analysis_api",
+    "analyze": "moescope.analysis_api",
+    "load": "moescope.probes.loading",
+    "record": "moescope.probes.record",
+    "write_report": "moescope.report.write",
+}
+
+__all__ = [
+    "Anatomy", "Corpus", "IncompleteError", "InputError", "LiveModel", "MoescopeError", "Result", "Run", "RunError", "Store",
+    "StoreError", "analyses", "analyze", "load", "record", "write_report",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'moescope' has no attribute {name!r}; it has {', '.join(__all__)}")
+    value = getattr(importlib.import_module(_HOME[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

@@ -1,0 +1,185 @@
+"""The registry of analyses: one decorated function, its parameters read from its signature."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import types
+import typing
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol, get_args, get_origin
+
+from moescope.core.errors import IncompleteError, InputError
+from moescope.core.registry import Registry
+from moescope.core.result import Result
+
+Section = Literal["overview", "predictions", "routing", "experts", "residual", "comparison"]
+
+
+class AnalysableRun(Protocol):
+    """What the registry needs to know of a run; `moescope.Run` is one."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def complete(self) -> bool: ...
+    @property
+    def provenance(self) -> Mapping[str, Any]: ...
+    def rows(self, table: str) -> int:
+        """How many rows of `table` belong to this run."""
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """One parameter of an analysis: its name, its type as annotated, its default."""
+
+    name: str
+    annotation: Any
+    default: Any
+
+    def parse(self, value: Any) -> Any:
+        """Check a value, converting text from the command line; raises `InputError` naming what is expected."""
+        for candidate in _alternatives(self.annotation):
+            converted = _convert(value, candidate)
+            if converted is not _MISFIT:
+                return converted
+        raise InputError(f"parameter {self.name!r} cannot be {value!r}", expected=self.describe())
+
+    def describe(self) -> str:
+        """The values it takes, in words."""
+        words = [
+            "none" if a is type(None) else " or ".join(map(repr, get_args(a))) if get_origin(a) is Literal
+            else {int: "a whole number", float: "a number", str: "text", bool: "true or false"}.get(a, str(a))
+            for a in _alternatives(self.annotation)
+        ]
+        return " or ".join(words)
+
+
+@dataclass(frozen=True)
+class Analysis:
+    """A registered analysis.
+
+    Attributes:
+        name: what it is called in `ms.analyze`, on the command line and in pages.
+        function: takes the run (or runs) and the parameters, gives a `Result`.
+        runs: how many runs it takes.
+        needs: tables that must hold rows for each run.
+        source: the paper or code that defines it.
+        section: where a report shows it; None leaves it out of reports.
+        order: its place within the section.
+    """
+
+    name: str
+    function: Callable[..., Result]
+    runs: int
+    needs: tuple[str, ...]
+    source: str
+    section: Section | None
+    order: int
+
+    @property
+    def parameters(self) -> dict[str, Parameter]:
+        """Keyword-only parameters of the function, in order."""
+        hints = typing.get_type_hints(self.function)
+        signature = inspect.signature(self.function).parameters.values()
+        return {p.name: Parameter(p.name, hints.get(p.name, str), p.default) for p in signature if p.kind is p.KEYWORD_ONLY}
+
+    @property
+    def summary(self) -> str:
+        """The first line of its docstring."""
+        return (inspect.getdoc(self.function) or "").split("\n", 1)[0]
+
+    def missing(self, run: AnalysableRun) -> list[str]:
+        """Tables it needs that hold nothing for `run`."""
+        return [table for table in self.needs if run.rows(table) == 0]
+
+    def __call__(
+        self, runs: Sequence[AnalysableRun], parameters: Mapping[str, Any], *, allow_incomplete: bool = False
+    ) -> Result:
+        """Check runs and parameters, compute, and complete the result with where it comes from."""
+        if len(runs) != self.runs:
+            raise InputError(f"{self.name} compares {self.runs} run{'s' * (self.runs > 1)}", found=f"{len(runs)}")
+        for run in runs:
+            self._check(run, allow_incomplete)
+        given = self._parse(parameters)
+        result = self.function(*runs, **given)
+        defaults = {name: p.default for name, p in self.parameters.items()}
+        return dataclasses.replace(
+            result, name=self.name, source=self.source, parameters=defaults | given,
+            provenance=_provenance(runs), incomplete=not all(run.complete for run in runs),
+        )
+
+    def _check(self, run: AnalysableRun, allow_incomplete: bool) -> None:
+        if missing := self.missing(run):
+            raise InputError(
+                f"{self.name} needs records that run {run.name!r} does not have",
+                expected=f"rows in {', '.join(missing)}",
+                fix=f"record with the probe{'s' * (len(missing) > 1)} that write them (on a model that has them): "
+                f"{', '.join(sorted({PROBE_OF_TABLE.get(t, t) for t in missing}))}",
+            )
+        if not run.complete and not allow_incomplete:
+            raise IncompleteError(
+                f"run {run.name!r} is not complete, so {self.name} would rest on part of the corpus",
+                fix="look at run.coverage; to analyse it as it is, pass allow_incomplete=True",
+            )
+
+    def _parse(self, given: Mapping[str, Any]) -> dict[str, Any]:
+        known = self.parameters
+        for name in given:
+            if name not in known:
+                listing = "; ".join(f"{p.name}: {p.describe()} (default {p.default!r})" for p in known.values())
+                raise InputError(f"{self.name} has no parameter {name!r}", expected=listing or "no parameters")
+        return {name: known[name].parse(value) for name, value in given.items()}
+
+
+# Which probe writes which table, for messages that say what to record.
+PROBE_OF_TABLE = {
+    "loads": "routing", "expert_outputs": "expert_outputs", "router_logits": "router_logits",
+    "residual_sequences": "residual", "massive_activations": "residual", "heads": "attention", "sequences": "tokens",
+}
+
+analyses: Registry[Analysis] = Registry("analysis", "moescope.routing")
+
+
+def analysis(
+    *, name: str, runs: int = 1, needs: tuple[str, ...] = (), source: str, section: Section | None = None, order: int = 50
+) -> Callable[[Callable[..., Result]], Callable[..., Result]]:
+    """Register the decorated function as an analysis; the function itself is returned as it was."""
+
+    def register(function: Callable[..., Result]) -> Callable[..., Result]:
+        analyses.add(name, Analysis(name, function, runs, needs, source, section, order))
+        return function
+
+    return register
+
+
+_MISFIT = object()
+
+
+def _alternatives(annotation: Any) -> tuple[Any, ...]:
+    return get_args(annotation) if get_origin(annotation) in (types.UnionType, typing.Union) else (annotation,)
+
+
+def _convert(value: Any, kind: Any) -> Any:  # noqa: PLR0911  one line a kind reads best
+    if get_origin(kind) is Literal:
+        return next((choice for choice in get_args(kind) if value == choice or str(choice) == value), _MISFIT)
+    if kind is type(None):
+        return None if value is None or value == "none" else _MISFIT
+    if kind is bool:
+        return {"true": True, "false": False}.get(str(value).lower(), _MISFIT)
+    if isinstance(value, bool):
+        return _MISFIT
+    if kind in (int, float):
+        try:
+            number = float(value)
+        except (TypeError, ValueError):
+            return _MISFIT
+        return _MISFIT if kind is int and number != int(number) else kind(number)
+    return value if kind is Any or isinstance(value, kind) else _MISFIT
+
+
+def _provenance(runs: Sequence[AnalysableRun]) -> dict[str, Any]:
+    if len(runs) == 1:
+        return dict(runs[0].provenance)
+    return {"run": " → ".join(run.name for run in runs), "runs": [dict(run.provenance) for run in runs]}

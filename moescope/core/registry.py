@@ -1,0 +1,80 @@
+"""Registries: a new analysis, probe, edit or page is one new file, found without a list to maintain."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import pkgutil
+from collections.abc import Iterator
+from typing import Generic, TypeVar
+
+from moescope.core.errors import InputError
+
+T = TypeVar("T")
+
+
+class Registry(Generic[T]):
+    """Named items of one kind, collected from the modules of some packages the first time they are asked for.
+
+    Args:
+        kind: what an item is called in messages, singular ("analysis").
+        packages: packages whose modules register items when imported. Each is walked by itself, because in an
+            editable install the path of `moescope` does not show the folders mapped into it.
+
+    Example:
+        >>> colours = Registry[str]("colour")
+        >>> colours.add("amber", "#E69F00")
+        >>> colours["amber"]
+        '#E69F00'
+    """
+
+    def __init__(self, kind: str, *packages: str) -> None:
+        self.kind = kind
+        self._packages = packages
+        self._items: dict[str, T] = {}
+        self._discovered = False
+
+    def add(self, name: str, item: T) -> None:
+        """Register `item` as `name`. A name already held by another item is an error; a reload replaces its own."""
+        held = self._items.get(name)
+        if held is not None and _origin(held) != _origin(item):
+            raise InputError(f"the {self.kind} {name!r} is registered twice", found=f"{_origin(held)} and {_origin(item)}")
+        self._items[name] = item
+
+    def __getitem__(self, name: str) -> T:
+        self._discover()
+        if name not in self._items:
+            near = difflib.get_close_matches(name, self._items, n=3, cutoff=0.4)
+            raise InputError(
+                f"there is no {self.kind} called {name!r}",
+                expected=f"one of {', '.join(sorted(self._items)) or '(none installed)'}",
+                fix=f"did you mean {' or '.join(repr(n) for n in near)}?" if near else None,
+            )
+        return self._items[name]
+
+    def __contains__(self, name: object) -> bool:
+        self._discover()
+        return name in self._items
+
+    def __iter__(self) -> Iterator[T]:
+        self._discover()
+        return iter([self._items[name] for name in sorted(self._items)])
+
+    def names(self) -> list[str]:
+        """All names, sorted."""
+        self._discover()
+        return sorted(self._items)
+
+    def _discover(self) -> None:
+        if self._discovered:
+            return
+        for package_name in self._packages:
+            package = importlib.import_module(package_name)
+            for module in pkgutil.walk_packages(package.__path__, prefix=package_name + "."):
+                importlib.import_module(module.name)
+        self._discovered = True
+
+
+def _origin(item: object) -> str:
+    target = getattr(item, "function", item)
+    return f"{getattr(target, '__module__', type(item).__module__)}.{getattr(target, '__qualname__', repr(item))}"

@@ -1,0 +1,180 @@
+"""`Result`: one answer, the same object in a notebook, a report, the dashboard and on the command line."""
+
+from __future__ import annotations
+
+import html
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from moescope.core.atomic import written_whole
+from moescope.core.errors import InputError
+
+if TYPE_CHECKING:
+    import pandas as pd
+    import plotly.graph_objects as go
+    import polars as pl
+    import pyarrow as pa
+
+
+@dataclass(frozen=True)
+class Result:
+    """One answer from one or more runs.
+
+    Attributes:
+        title: the finding, as a sentence a reader can quote.
+        table: the numbers, long: layer, block, expert, label, metric, value, ci_low, ci_high, null, n, without the
+            columns that do not apply.
+        definition: what was computed, in words or as a formula.
+        units: column of `table` → unit; `value` may be split by metric as `value[metric]`.
+        n: how many observations stand behind the answer, and `n_unit` what they are.
+        draw: makes the figure from this result; None where a table says it best.
+        interval: what `ci_low` and `ci_high` are; None where the table has none.
+        null: what the chance level or control is; None where there is none.
+        sql: the query behind the table, with its parameters written in the text as `$name`; `sql_parameters` their values.
+        computation: what was computed outside SQL, by name, where the query alone does not give the table.
+        notes: what a reader must know besides: parts left out, records missing.
+        name, source, parameters, provenance, incomplete: filled in by the registry when the analysis runs.
+
+    Example:
+        >>> import pyarrow as pa
+        >>> result = Result(title="One expert takes half of all tokens", table=pa.table({"expert": [0], "value": [0.5]}),
+        ...                 definition="share of decisions", units={"value": "share"}, n=100, n_unit="decisions")
+        >>> result.df().value[0]
+        np.float64(0.5)
+    """
+
+    title: str
+    table: pa.Table
+    definition: str
+    units: Mapping[str, str]
+    n: int
+    n_unit: str
+    draw: Callable[[Result], go.Figure] | None = None
+    interval: str | None = None
+    null: str | None = None
+    sql: str | None = None
+    sql_parameters: Mapping[str, Any] = field(default_factory=dict)
+    computation: str | None = None
+    notes: tuple[str, ...] = ()
+    name: str = ""
+    source: str = ""
+    parameters: Mapping[str, Any] = field(default_factory=dict)
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+    incomplete: bool = False
+
+    def df(self) -> pd.DataFrame:
+        """The table as a pandas DataFrame."""
+        frame: pd.DataFrame = self.table.to_pandas()
+        return frame
+
+    def polars(self) -> pl.DataFrame:
+        """The table as a polars DataFrame; needs the `polars` extra."""
+        try:
+            import polars
+        except ImportError as missing:
+            raise InputError("polars is not installed", fix="pip install 'moescope[polars]'") from missing
+        frame = polars.from_arrow(self.table)
+        assert isinstance(frame, polars.DataFrame)
+        return frame
+
+    def figure(self) -> go.Figure:
+        """The Plotly figure, with n and the state of the run in its subtitle. Raises `InputError` where there is none."""
+        if self._figure is None:
+            raise InputError(f"{self.name or 'this result'} has no figure", fix="read its table: result.df()")
+        return self._figure
+
+    @property
+    def has_figure(self) -> bool:
+        """Whether `figure()` draws something."""
+        return self.draw is not None
+
+    @cached_property
+    def _figure(self) -> go.Figure | None:
+        if self.draw is None:
+            return None
+        from moescope.core.figures import finish
+
+        return finish(self.draw(self), title=self.title, subtitle=self.subtitle())
+
+    def subtitle(self) -> str:
+        """One line under the title: n, where the numbers come from, and whether the run is whole."""
+        run = self.provenance.get("run")
+        parts = [f"n = {self.n:,} {self.n_unit}"]
+        parts += [str(run)] if run else []
+        parts += ["INCOMPLETE RUN"] if self.incomplete else []
+        return " · ".join(parts)
+
+    def facts(self) -> dict[str, str]:
+        """What a reader needs to judge the answer, label → text, for reports and pages."""
+        facts = {"What it shows": self.definition}
+        units = ", ".join(f"{column}: {unit}" for column, unit in self.units.items())
+        optional = {
+            "Units": units,
+            "Sample": f"{self.n:,} {self.n_unit}",
+            "Interval": self.interval,
+            "Chance level": self.null,
+            "Computed by": self.computation,
+            "Source": self.source,
+            "Parameters": ", ".join(f"{k} = {v}" for k, v in self.parameters.items()),
+            "Notes": " ".join(self.notes),
+        }
+        return facts | {label: text for label, text in optional.items() if text}
+
+    def save(self, path: str | Path) -> Path:
+        """Write the result to `path`, in the format of its ending: .html, .csv, .parquet or .json.
+
+        The file appears whole or not at all. Raises `InputError` for another ending or a folder that is not there.
+        """
+        target = Path(path)
+        writers = {".html": self._write_html, ".csv": self._write_csv, ".parquet": self._write_parquet, ".json": self._write_json}
+        if target.suffix not in writers:
+            raise InputError(
+                f"a result cannot be saved as {target.suffix or 'a file without an ending'}",
+                expected=f"a path ending in {', '.join(writers)}", found=str(target),
+            )
+        with written_whole(target) as partial:
+            writers[target.suffix](partial)
+        return target
+
+    def as_json(self) -> dict[str, Any]:
+        """Everything but the figure, as plain JSON data."""
+        return {
+            "name": self.name, "title": self.title, "definition": self.definition, "units": dict(self.units),
+            "n": self.n, "n_unit": self.n_unit, "interval": self.interval, "null": self.null, "sql": self.sql,
+            "sql_parameters": dict(self.sql_parameters), "computation": self.computation, "notes": list(self.notes),
+            "source": self.source, "parameters": dict(self.parameters), "provenance": dict(self.provenance),
+            "incomplete": self.incomplete, "table": self.table.to_pylist(),
+        }
+
+    def _write_json(self, path: Path) -> None:
+        path.write_text(json.dumps(self.as_json(), indent=1, default=str, ensure_ascii=False), encoding="utf-8")
+
+    def _write_csv(self, path: Path) -> None:
+        self.df().to_csv(path, index=False)
+
+    def _write_parquet(self, path: Path) -> None:
+        import pyarrow.parquet as pq
+
+        facts = {key.encode(): text.encode() for key, text in self.facts().items()}
+        pq.write_table(self.table.replace_schema_metadata(facts), path)
+
+    def _write_html(self, path: Path) -> None:
+        from moescope.core.html import page, result_section
+
+        path.write_text(page(self.title, [result_section(self)]), encoding="utf-8")
+
+    def _repr_html_(self) -> str:
+        head = self.df().head(12).to_html(index=False, border=0, float_format=lambda x: f"{x:.4g}", escape=True)
+        rows = "".join(f"<tr><th style='text-align:left'>{html.escape(k)}</th><td style='text-align:left'>"
+                       f"{html.escape(v)}</td></tr>" for k, v in self.facts().items())
+        more = f"<p>{self.table.num_rows:,} rows; <code>.df()</code> has them all.</p>" if self.table.num_rows > 12 else ""
+        hint = "<p><code>.figure()</code> draws it.</p>" if self.has_figure else ""
+        return (f"<div><h4>{html.escape(self.title)}</h4><p>{html.escape(self.subtitle())}</p>{head}{more}{hint}"
+                f"<details><summary>How to read this</summary><table>{rows}</table></details></div>")
+
+    def __repr__(self) -> str:
+        return f"Result({self.name or 'unnamed'}: {self.title!r}, {self.table.num_rows} rows, {self.subtitle()})"

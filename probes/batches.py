@@ -1,0 +1,164 @@
+"""From documents to numbered batches: tokenised, split at the context, padded at the right."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moescope.core.errors import InputError
+from moescope.probes.corpus import Corpus, Document
+from moescope.probes.corpus_files import BadRecord
+
+
+@dataclass(frozen=True)
+class Sequence:
+    """One row of a batch: a document, or a part of one.
+
+    Attributes:
+        sequence_id: 0-based, in corpus order after splitting.
+        document: the document it is from, and `document_id` its number.
+        part: which part of the document.
+        text: the text of the part.
+        token_ids: its ids, special tokens included.
+    """
+
+    sequence_id: int
+    document_id: int
+    document: Document
+    part: int
+    text: str
+    token_ids: NDArray[np.int64]
+
+    @property
+    def content_hash(self) -> str:
+        """SHA-256 over the token ids."""
+        return hashlib.sha256(self.token_ids.astype("<i8").tobytes()).hexdigest()
+
+    @property
+    def metadata_json(self) -> str | None:
+        """Every other field of the document as JSON, None where there is none."""
+        return json.dumps(dict(self.document.metadata), default=str, ensure_ascii=False) if self.document.metadata else None
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Sequences that run together; the unit of work.
+
+    Attributes:
+        number: 0-based place in the plan.
+        sequences: its rows.
+        first_token: run-wide number of its first unmasked token.
+        characters: characters of corpus read up to its end, for progress.
+    """
+
+    number: int
+    sequences: tuple[Sequence, ...]
+    first_token: int
+    characters: int
+
+    @property
+    def lengths(self) -> NDArray[np.int64]:
+        """Unmasked tokens of each row."""
+        return np.array([len(s.token_ids) for s in self.sequences])
+
+    @property
+    def tokens(self) -> int:
+        """Unmasked tokens."""
+        return int(self.lengths.sum())
+
+    def padded(self, pad_id: int) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+        """Token ids [row, position] padded at the right, and the mask of real tokens."""
+        lengths = self.lengths
+        mask = np.arange(lengths.max())[None, :] < lengths[:, None]
+        ids = np.full(mask.shape, pad_id, dtype=np.int64)
+        ids[mask] = np.concatenate([s.token_ids for s in self.sequences])
+        return ids, mask
+
+
+@dataclass
+class BatchPlan:
+    """Cuts a corpus into batches by corpus order, batch size and maximum length alone.
+
+    Attributes:
+        corpus: what is read.
+        tokenizer: None for a corpus of token ids.
+        batch_size: sequences a batch.
+        max_length: tokens of the longest sequence.
+        split_documents, single_tokens: counted while walking: documents split into parts, sequences of one token.
+    """
+
+    corpus: Corpus
+    tokenizer: Any
+    batch_size: int
+    max_length: int
+    split_documents: int = field(default=0, init=False)
+    single_tokens: int = field(default=0, init=False)
+
+    def __iter__(self) -> Iterator[Batch]:
+        self.split_documents = self.single_tokens = 0
+        rows: list[Sequence] = []
+        number = token = characters = 0
+        for sequence in self._sequences():
+            rows.append(sequence)
+            characters += len(sequence.text) or len(sequence.token_ids)
+            if len(rows) == self.batch_size:
+                batch = Batch(number, tuple(rows), token, characters)
+                yield batch
+                number, token, rows = number + 1, token + batch.tokens, []
+        if rows:
+            yield Batch(number, tuple(rows), token, characters)
+
+    def _sequences(self) -> Iterator[Sequence]:
+        sequence_id = document_id = 0
+        for document in self.corpus.documents():
+            if isinstance(document, BadRecord):
+                continue
+            parts = list(self._parts(document))
+            self.split_documents += len(parts) > 1
+            for part, (text, ids) in enumerate(parts):
+                self.single_tokens += len(ids) == 1
+                yield Sequence(sequence_id, document_id, document, part, text, np.array(ids, dtype=np.int64))
+                sequence_id += 1
+            document_id += 1
+
+    def _parts(self, document: Document) -> Iterator[tuple[str, list[int]]]:
+        if document.token_ids is not None:
+            ids = list(document.token_ids)
+            yield from (("", ids[start : start + self.max_length]) for start in range(0, len(ids), self.max_length))
+            return
+        if self.tokenizer is None:
+            raise InputError("this corpus has texts, but the model has no tokenizer", fix="pass tokenizer=… to load, or use Corpus.from_token_ids")
+        fast = bool(self.tokenizer.is_fast)
+        encoded = self.tokenizer(document.text, add_special_tokens=False, return_offsets_mapping=fast, verbose=False)
+        ids = list(encoded["input_ids"])
+        before, after = self._special_ids
+        room = self.max_length - len(before) - len(after)
+        if len(ids) <= room:
+            if whole := [*before, *ids, *after]:
+                yield document.text, whole
+            return
+        for start in range(0, len(ids), room):
+            end = min(start + room, len(ids))
+            if fast:
+                offsets = encoded["offset_mapping"]
+                stop = offsets[end][0] if end < len(ids) else len(document.text)
+                text = document.text[offsets[start][0] if start else 0 : stop]
+            else:
+                text = self.tokenizer.decode(ids[start:end])
+            yield text, [*before, *ids[start:end], *after]
+
+    @property
+    def _special_ids(self) -> tuple[list[int], list[int]]:
+        """Ids the tokenizer puts before and after a text."""
+        plain = self.tokenizer("a", add_special_tokens=False)["input_ids"]
+        whole = self.tokenizer("a", add_special_tokens=True)["input_ids"]
+        for start in range(len(whole) - len(plain) + 1):
+            if whole[start : start + len(plain)] == plain:
+                return whole[:start], whole[start + len(plain) :]
+        return [], []

@@ -1,0 +1,44 @@
+"""Negative log-likelihood from logits, in slices, so that no second copy of a batch's logits is ever held."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float, Int
+
+_SLICE_ELEMENTS = {"cpu": 1 << 20}
+_SLICE_ELEMENTS_ELSEWHERE = 1 << 25
+
+
+def token_nll(
+    logits: Float[torch.Tensor, "row position vocabulary"], ids: Int[torch.Tensor, "row position"]
+) -> tuple[Float[torch.Tensor, "row position"], Int[torch.Tensor, "row position"]]:
+    """NLL of every token given those before it, and the most likely next token at every position.
+
+    Args:
+        logits: the model's output, any float type; read once, a few rows at a time in float32.
+        ids: the tokens the model was given.
+
+    Returns:
+        nll in nats (equal to `CrossEntropyLoss` on float32 logits), NaN at position 0, where nothing was predicted; and the
+        arg-max of the logits at each position. Nothing is read back to the host.
+
+    Example:
+        >>> nll, best = token_nll(torch.zeros(1, 2, 4), torch.tensor([[1, 3]]))
+        >>> round(float(nll[0, 1]), 4)
+        1.3863
+    """
+    rows, positions, vocabulary = logits.shape
+    flat = logits.reshape(rows * positions, vocabulary)
+    following = torch.nn.functional.pad(ids[:, 1:], (0, 1)).reshape(-1, 1)
+    losses = torch.empty(rows * positions, device=logits.device, dtype=torch.float32)
+    best = torch.empty(rows * positions, device=logits.device, dtype=torch.int64)
+    step = max(1, _SLICE_ELEMENTS.get(logits.device.type, _SLICE_ELEMENTS_ELSEWHERE) // vocabulary)
+    for start in range(0, len(flat), step):
+        part = slice(start, start + step)
+        scores = flat[part].float()
+        top, best[part] = scores.max(-1)
+        total = (scores - top.unsqueeze(-1)).exp_().sum(-1)
+        losses[part] = top + total.log() - scores.gather(-1, following[part]).squeeze(-1)
+    shifted = torch.full((rows, positions), torch.nan, device=logits.device)
+    shifted[:, 1:] = losses.reshape(rows, positions)[:, :-1]
+    return shifted, best.reshape(rows, positions)

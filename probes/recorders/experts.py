@@ -1,0 +1,77 @@
+"""Probe `experts`: what every chosen expert put out, reduced as it passes."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from moescope.core.probe import probe
+from moescope.core.sites import EXPERT_OUT, Site
+from moescope.probes.anatomy import Anatomy, Sublayer
+from moescope.probes.probe import Arrays, HostBatch, Probe, Tensors, expectations_at
+from moescope.store.coverage import Expectation
+from moescope.store.totals import ExpertPartial
+from moescope.store.writer import BatchRecords
+
+_SLOTS = "SELECT sum(tokens) FROM experts WHERE run_id = $run AND layer = $layer AND block = $block AND expert >= 0"
+
+
+@probe(name="experts", tables=("experts",), default=True)
+class ExpertsProbe(Probe):
+    """Running reductions for each expert: load, mean output norm, largest |output| with its channel and token."""
+
+    def sites(self, anatomy: Anatomy) -> list[Site]:
+        """The slot outputs of every router's experts."""
+        return [Site(s.layer, s.block, EXPERT_OUT) for s in anatomy.moe]
+
+    def tap(self, site: Site, tensors: Tensors) -> Tensors:
+        """Norm of every slot; for every expert the largest |output|, with slot and channel. No host read."""
+        out, ids, mask = tensors["out"].detach(), tensors["indices"], tensors["mask"]
+        experts = self._sublayer(site).n_experts or 0
+        slots = ids.numel()
+        # Ids that are no expert go to a bucket of their own, so that a wrong id cannot end the run; padding never wins.
+        flat = ids.reshape(-1).clamp(0, experts)
+        peak = torch.where(mask.reshape(-1, 1), out.abs().amax(-1).float(), -1.0).reshape(-1)
+        largest = torch.full((experts + 1,), -1.0, device=out.device).scatter_reduce(0, flat, peak, "amax")
+        number = torch.arange(slots, device=out.device)
+        ties = torch.where(peak == largest[flat], number, slots)
+        winner = torch.full((experts + 1,), slots, device=out.device).scatter_reduce(0, flat, ties, "amin").clamp(max=slots - 1)
+        channel = out[winner // ids.shape[1], winner % ids.shape[1]].abs().argmax(-1)
+        return {
+            "ids": ids.to(torch.int32), "weights": tensors["weights"].detach().to(torch.float32),
+            "norms": torch.linalg.vector_norm(out, dim=-1, dtype=torch.float32),
+            "largest": largest[:experts], "winner": winner[:experts], "channel": channel[:experts],
+        }
+
+    def rows(self, host: HostBatch, records: BatchRecords) -> None:
+        """The batch's part of `experts`."""
+        for s in self.context.anatomy.moe:
+            site = Site(s.layer, s.block, EXPERT_OUT)
+            if kept := host.kept.get(site):
+                records.experts.append(self._partial(s, site, kept, host))
+
+    def _partial(self, s: Sublayer, site: Site, kept: Arrays, host: HostBatch) -> ExpertPartial:
+        real = host.mask.ravel()
+        experts = s.n_experts or 0
+        ids = kept["ids"][real].ravel()
+        weights, norms = (kept[name][real].ravel().astype(np.float64) for name in ("weights", "norms"))
+        if not np.isfinite(norms).all():
+            self.context.report(site, "some expert outputs are NaN or infinite")
+        valid = (ids >= 0) & (ids < experts)
+        ids, weights, norms = ids[valid], weights[valid], norms[valid]
+        row_token = np.full(len(real), -1, np.int64)
+        row_token[real] = host.token
+        tokens = np.bincount(ids, minlength=experts)
+        chosen = tokens > 0
+        return ExpertPartial(
+            s.layer, s.block, tokens, np.bincount(ids, weights, experts), np.bincount(ids, norms, experts),
+            np.bincount(ids, weights * norms, experts), np.where(chosen, kept["largest"], -1).astype(np.float32),
+            np.where(chosen, kept["channel"], -1), np.where(chosen, row_token[kept["winner"] // kept["ids"].shape[1]], -1),
+        )
+
+    def expectations(self, tokens: int, sequences: int) -> list[Expectation]:  # noqa: ARG002
+        """k slots a token at every router."""
+        return expectations_at(self, self.context.anatomy.moe, EXPERT_OUT, lambda s: tokens * (s.top_k or 0), _SLOTS)
+
+    def _sublayer(self, site: Site) -> Sublayer:
+        return next(s for s in self.context.anatomy.moe if (s.layer, s.block) == (site.layer, site.block))

@@ -1,0 +1,62 @@
+"""From logits to decision: the rule is named, and held against the decisions the model took."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float, Int
+
+Score = Literal["softmax", "sigmoid"]
+
+
+@dataclass(frozen=True)
+class RoutingRule:
+    """Top-k of scores, weights from the scores.
+
+    Attributes:
+        score: softmax over all experts, or a sigmoid for each.
+        renormalise: whether the k weights are divided by their sum.
+        scale: factor on the weights.
+        agreement: share of tokens for which the rule gives the set of experts and, within 1 %, the weights.
+        tokens: how many tokens that share is of.
+    """
+
+    score: Score
+    renormalise: bool
+    scale: float
+    agreement: float
+    tokens: int
+
+    @property
+    def verified(self) -> bool:
+        """Whether the rule reproduces the decisions: all but one in a thousand, which leaves room for ties."""
+        return self.agreement >= 0.999
+
+    def as_json(self) -> dict[str, Any]:
+        """The rule as stored in `layers.routing_rule`."""
+        return asdict(self) | {"verified": self.verified}
+
+
+def find_rule(
+    logits: Float[torch.Tensor, "token n_experts"], ids: Int[torch.Tensor, "token k"], weights: Float[torch.Tensor, "token k"]
+) -> RoutingRule:
+    """Try the known rules against real decisions and give the one that agrees most.
+
+    Known so far: top-k of softmax or sigmoid scores without bias or groups, renormalised or not, with a constant scale.
+    """
+    logits, weights = logits.float(), weights.float()
+    found = []
+    for score in ("softmax", "sigmoid"):
+        scores = logits.softmax(-1) if score == "softmax" else logits.sigmoid()
+        expected_ids = scores.topk(ids.shape[-1], dim=-1).indices
+        same_set = (expected_ids.sort(-1).values == ids.sort(-1).values).all(-1)
+        for renormalise in (True, False):
+            base = scores.gather(-1, ids)
+            base = base / base.sum(-1, keepdim=True) if renormalise else base
+            scale = float((weights / base).median())
+            same_weights = torch.isclose(base * scale, weights, rtol=1e-2, atol=1e-6).all(-1)
+            agreement = float((same_set & same_weights).float().mean())
+            found.append(RoutingRule(score, renormalise, round(scale, 4), agreement, len(ids)))  # type: ignore[arg-type]
+    return max(found, key=lambda rule: rule.agreement)

@@ -1,0 +1,1 @@
+"""Everything that touches DuckDB: the file, its tables, the writer and the readers."""

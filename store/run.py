@@ -1,0 +1,103 @@
+"""`Run`: one pass of a corpus through a model, as it lies in a store."""
+
+from __future__ import annotations
+
+import html
+import json
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import duckdb
+
+from moescope.core.errors import InputError
+from moescope.core.result import Result
+from moescope.store.coverage import coverage_result
+from moescope.store.schema import TABLE_BY_NAME
+
+if TYPE_CHECKING:
+    from moescope.store.store import Store
+
+_JSON_COLUMNS = ("intervention", "settings", "versions", "summary", "anatomy")
+
+
+class Run:
+    """A run in a store; found with `store.run(name)`, made by `moescope.record`.
+
+    Attributes:
+        store: the store it lies in.
+        run_id: its UUID.
+        name: the user's name for it.
+    """
+
+    def __init__(self, store: Store, run_id: str, name: str) -> None:
+        self.store, self.run_id, self.name = store, run_id, name
+
+    @property
+    def info(self) -> dict[str, Any]:
+        """The run's row in `runs`, JSON columns read."""
+        found = self.store.sql("SELECT * FROM runs WHERE run_id = $run", {"run": self.run_id}).to_arrow_table().to_pylist()
+        if not found:
+            raise InputError(f"run {self.name!r} is no longer in {self.store.path}")
+        row = found[0]
+        return row | {key: json.loads(row[key]) if row[key] else {} for key in _JSON_COLUMNS}
+
+    @property
+    def status(self) -> str:
+        """`running`, `complete`, `incomplete` or `failed`."""
+        return str(self.info["status"])
+
+    @property
+    def complete(self) -> bool:
+        """Whether every expected event is in the store."""
+        return self.status == "complete"
+
+    @property
+    def model(self) -> str:
+        """What was loaded."""
+        return str(self.info["model"])
+
+    @property
+    def coverage(self) -> Result:
+        """The ledger: for each site, events expected beside events recorded."""
+        return coverage_result(self)
+
+    @property
+    def provenance(self) -> Mapping[str, Any]:
+        """Where a number from this run comes from: model, revision, corpus, versions, seed, status."""
+        info = self.info
+        picked = ("name", "run_id", "model", "revision", "architecture", "seed", "corpus_fingerprint", "status", "started_at")
+        facts = {key: str(info[key]) for key in picked if info[key] is not None}
+        return {"run": info["name"], **facts, "versions": info["versions"], "intervention": info["intervention"] or None}
+
+    def table(self, name: str) -> duckdb.DuckDBPyRelation:
+        """One table, limited to this run, as a DuckDB relation; raises `InputError` for a name that is none."""
+        self._check_table(name)
+        return self.store.sql(f'SELECT * EXCLUDE (run_id) FROM "{name}" WHERE run_id = $run', {"run": self.run_id})  # noqa: S608
+
+    def rows(self, table: str) -> int:
+        """How many rows of `table` belong to this run."""
+        self._check_table(table)
+        query = f'SELECT count(*) FROM "{table}" WHERE run_id = ?'  # noqa: S608
+        return int(self.store.fetch(query, [self.run_id])[0][0])
+
+    def sql(self, query: str, parameters: Mapping[str, Any] | None = None) -> duckdb.DuckDBPyRelation:
+        """A query in which `$run` is this run's id."""
+        return self.store.sql(query, {"run": self.run_id, **(parameters or {})})
+
+    def _check_table(self, name: str) -> None:
+        table = TABLE_BY_NAME.get(name)
+        if table is None or "run_id" not in {column.name for column in table.columns}:
+            known = [t.name for t in TABLE_BY_NAME.values() if any(c.name == "run_id" for c in t.columns)]
+            raise InputError(f"there is no table {name!r} of runs", expected=", ".join(known))
+
+    def __repr__(self) -> str:
+        info = self.info
+        tokens = info["summary"].get("tokens")
+        size = f", {tokens:,} tokens" if tokens else ""
+        return f"Run({self.name!r}, {info['status']}, {info['model']}{size})"
+
+    def _repr_html_(self) -> str:
+        info = self.info
+        shown = {key: info[key] for key in ("name", "status", "model", "revision", "architecture", "started_at", "summary")}
+        rows = "".join(f"<tr><th>{html.escape(k)}</th><td>{html.escape(str(v))}</td></tr>" for k, v in shown.items())
+        return f"<table>{rows}</table>{self.coverage._repr_html_()}"

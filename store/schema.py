@@ -1,0 +1,207 @@
+"""The tables of a store, as data: the file is made from these, and so is the documentation."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+SCHEMA_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Column:
+    """One column: name, DuckDB type and what it means, with its unit."""
+
+    name: str
+    type: str
+    comment: str
+
+
+@dataclass(frozen=True)
+class Table:
+    """One table: name, what one row is, and its columns."""
+
+    name: str
+    comment: str
+    columns: tuple[Column, ...]
+    constraint: str = ""
+
+    def ddl(self) -> list[str]:
+        """Statements that create the table and its comments."""
+        columns = ", ".join(f'"{c.name}" {c.type}' for c in self.columns)
+        constraint = f", {self.constraint}" if self.constraint else ""
+        create = f'CREATE TABLE "{self.name}" ({columns}{constraint})'
+        comments = [f'COMMENT ON TABLE "{self.name}" IS {_quoted(self.comment)}']
+        comments += [f'COMMENT ON COLUMN "{self.name}"."{c.name}" IS {_quoted(c.comment)}' for c in self.columns]
+        return [create, *comments]
+
+
+def _quoted(text: str) -> str:
+    return "'" + text.replace("'", "''") + "'"
+
+
+_RUN = Column("run_id", "UUID", "the run this row belongs to")
+_TOKEN = Column("token", "BIGINT", "run-wide row number of the unmasked token, 0-based, by sequence")
+_LAYER = Column("layer", "USMALLINT", "0-based index of the transformer block")
+_BLOCK = Column("block", "VARCHAR", "sublayer holding the router: mlp, attn, mlp.1, …")
+_SEQUENCE = Column("sequence_id", "BIGINT", "0-based number of the sequence, in corpus order after splitting")
+_EXPERT = Column("expert", "INTEGER", "expert id; null experts follow the routed ones; shared experts are −1, −2, …")
+_BATCH = Column("batch", "INTEGER", "0-based number of the batch in the plan")
+_VALUE = Column("value", "DOUBLE", "the value")
+_METRIC = Column("metric", "VARCHAR", "what was measured")
+_KIND = Column("kind", "VARCHAR", "target or control")
+_LOAD = (
+    Column("label", "VARCHAR", "label of the document, null where it has none"),
+    Column("phase", "VARCHAR", "prefill or decode"),
+    _EXPERT,
+    Column("tokens", "BIGINT", "tokens that chose the expert"),
+    Column("weight_sum", "DOUBLE", "sum of the weights given to the expert"),
+)
+
+TABLES: tuple[Table, ...] = (
+    Table("store_info", "facts about the file itself", (
+        Column("key", "VARCHAR", "application, schema_version, created_at or created_by"),
+        Column("value", "VARCHAR", "its value"),
+    )),
+    Table("runs", "one row a run: a pass of a corpus through a model", (
+        Column("run_id", "UUID", "identity of the run"),
+        Column("name", "VARCHAR", "the user's name for it, unique in the file"),
+        Column("model", "VARCHAR", "what was loaded: Hub id, path, or class name of a module"),
+        Column("revision", "VARCHAR", "commit of the weights; for local files a digest of their contents"),
+        Column("architecture", "VARCHAR", "class name of the model"),
+        Column("intervention", "JSON", "the edits in force, null for none"),
+        Column("settings", "JSON", "probes, batch size, lengths, dtype, device and kernels of the run"),
+        Column("versions", "JSON", "versions of moescope, torch, transformers, duckdb and Python"),
+        Column("seed", "BIGINT", "seed of everything random in the run"),
+        Column("corpus_fingerprint", "VARCHAR", "SHA-256 over the texts and labels, in order"),
+        Column("status", "VARCHAR", "running, complete, incomplete or failed"),
+        Column("started_at", "TIMESTAMP", "when recording began, UTC"),
+        Column("finished_at", "TIMESTAMP", "when it ended, UTC; null while running"),
+        Column("summary", "JSON", "counts and timings of the run: tokens, seconds, splits, skipped lines, notes"),
+        Column("anatomy", "JSON", "what the model is made of: width, vocabulary, parameters"),
+    ), "PRIMARY KEY (run_id), UNIQUE (name)"),
+    Table("layers", "one row a layer and sublayer of a run's model", (
+        _RUN, _LAYER, _BLOCK,
+        Column("stack", "VARCHAR", "decoder, or encoder in encoder-decoder models"),
+        Column("kind", "VARCHAR", "moe, dense, attention or ssm"),
+        Column("n_experts", "INTEGER", "routed experts, null where the sublayer has none"),
+        Column("top_k", "INTEGER", "experts chosen for each token"),
+        Column("n_shared", "INTEGER", "shared experts, which see every token"),
+        Column("n_null", "INTEGER", "null (zero-computation) experts"),
+        Column("d_expert", "INTEGER", "neurons of one expert, or of the dense MLP"),
+        Column("routing_rule", "JSON", "rule from logits to decision with the agreement found on the first batch"),
+    )),
+    Table("sequences", "one row a sequence: a document, or a part of one that was longer than the context", (
+        _RUN, _SEQUENCE,
+        Column("document_id", "BIGINT", "0-based number of the document in the corpus"),
+        Column("part", "INTEGER", "0-based number of this part of the document"),
+        Column("label", "VARCHAR", "label of the document, null where it has none"),
+        Column("source", "VARCHAR", "where the document comes from"),
+        Column("text", "VARCHAR", "the text of the part"),
+        Column("n_tokens", "INTEGER", "unmasked tokens, special ones included"),
+        Column("content_hash", "VARCHAR", "SHA-256 over the token ids"),
+        Column("metadata", "JSON", "every other field of the document"),
+    )),
+    Table("tokens", "one row an unmasked token", (
+        _RUN, _TOKEN, _SEQUENCE,
+        Column("position", "INTEGER", "0-based place in the sequence"),
+        Column("token_id", "INTEGER", "id in the tokenizer's vocabulary"),
+        Column("phase", "VARCHAR", "prefill or decode"),
+        Column("nll", "FLOAT", "−ln p(this token | those before it), nats; null at the first token of a sequence"),
+        Column("predicted_id", "INTEGER", "the most likely next token after this one"),
+        Column("is_special", "BOOLEAN", "whether the tokenizer calls the token special"),
+        Column("class", "VARCHAR", "special, space, punctuation, digit, word, fragment or mixed"),
+    )),
+    Table("vocabulary", "one row a token id seen in a run, also as a prediction", (
+        _RUN,
+        Column("token_id", "INTEGER", "id in the tokenizer's vocabulary"),
+        Column("bytes", "BLOB", "the bytes it stands for; a character may be spread over several tokens"),
+        Column("text", "VARCHAR", "the bytes as text, with U+FFFD where they are part of a character"),
+    )),
+    Table("routing", "one row a token and router: the decision the experts were given", (
+        _RUN, _TOKEN, _LAYER, _BLOCK,
+        Column("experts", "USMALLINT[]", "chosen experts by weight, descending, ties by lower id"),
+        Column("weights", "FLOAT[]", "weights given to the experts, scaling included, in the order of experts"),
+        Column("margin", "FLOAT", "k-th minus (k+1)-th score where the router takes its top-k; null where the rule is not verified"),
+        Column("entropy", "FLOAT", "entropy of the router's distribution over all experts, nats; null without logits"),
+    )),
+    Table("router_logits", "one row a token and router", (
+        _RUN, _TOKEN, _LAYER, _BLOCK,
+        Column("logits", "FLOAT[]", "router scores before softmax, sigmoid or bias, by expert id"),
+    )),
+    Table("expert_outputs", "one row a token and router: how large each chosen expert's output was", (
+        _RUN, _TOKEN, _LAYER, _BLOCK,
+        Column("norms", "FLOAT[]", "L2 norm of each slot's output before its weight, in the order of routing.experts"),
+    )),
+    Table("experts", "one row an expert: reductions over every token routed to it", (
+        _RUN, _LAYER, _BLOCK, _EXPERT,
+        Column("tokens", "BIGINT", "tokens that chose the expert"),
+        Column("weight_sum", "DOUBLE", "sum of the weights given to it"),
+        Column("output_norm_mean", "DOUBLE", "mean L2 norm of its output before the weight, null where it was never chosen"),
+        Column("weighted_norm_sum", "DOUBLE", "sum of weight × L2 norm of its output"),
+        Column("max_abs_out", "FLOAT", "largest |output| over its tokens and channels"),
+        Column("max_abs_channel", "INTEGER", "channel of that maximum"),
+        Column("max_abs_token", "BIGINT", "token of that maximum"),
+        Column("active_share", "DOUBLE", "share of neurons over a threshold; null where neurons were not recorded"),
+        Column("zero_share", "DOUBLE", "share of neurons exactly zero; null where neurons were not recorded"),
+    )),
+    Table("loads", "one row an expert, label and phase; the one source of load", (_RUN, _LAYER, _BLOCK, *_LOAD)),
+    Table("residual", "one row a token and layer: the residual stream at the block's output", (
+        _RUN, _TOKEN, _LAYER,
+        Column("norm", "FLOAT", "L2 norm"),
+        Column("top_values", "FLOAT[3]", "the three largest values by magnitude, signed"),
+        Column("top_channels", "USMALLINT[3]", "their channels"),
+    )),
+    Table("residual_sequences", "one row a sequence and layer", (
+        _RUN, _SEQUENCE, _LAYER,
+        Column("median_abs", "FLOAT", "lower median of |x| over all its tokens and channels at the block's output"),
+    )),
+    Table("massive_activations", "one row a massive activation at a block's output", (
+        _RUN, _LAYER, _TOKEN,
+        Column("channel", "INTEGER", "channel of the residual stream"), _VALUE,
+        Column("ratio", "DOUBLE", "|value| over the median |x| of the layer"),
+    )),
+    Table("super_experts", "one row an expert that a rule calls super expert", (
+        _RUN, Column("rule", "VARCHAR", "name of the rule"), _LAYER, _BLOCK, _EXPERT, _VALUE,
+        Column("threshold", "DOUBLE", "what the value had to exceed"),
+    )),
+    Table("heads", "one row a head, metric and condition", (
+        _RUN, _LAYER, Column("head", "INTEGER", "query head"), _METRIC,
+        Column("condition", "VARCHAR", "under which it was measured"), _VALUE,
+        Column("n", "BIGINT", "observations behind the value"),
+    )),
+    Table("activations", "one row a shard of recorded vectors, kept beside the file", (
+        _RUN, Column("site", "VARCHAR", "where the vectors were read"), Column("path", "VARCHAR", "the shard, relative to the store"),
+        Column("rows", "BIGINT", "vectors in it"), Column("width", "INTEGER", "components of a vector"),
+        Column("dtype", "VARCHAR", "their type"), Column("checksum", "VARCHAR", "SHA-256 of the shard"),
+    )),
+    Table("coverage", "one row a site: events expected beside events recorded", (
+        _RUN, Column("site", "VARCHAR", "the site, or the table where it is not one site's"),
+        Column("expected", "BIGINT", "events the batches must give"), Column("recorded", "BIGINT", "events found in the store"),
+        Column("status", "VARCHAR", "complete, short, excess, invalid or absent"), Column("detail", "VARCHAR", "what it means and what to do"),
+    )),
+    Table("effects", "one row an effect: what an intervention, or its control, does to a metric", (
+        Column("effect_id", "UUID", "identity of the effect"), Column("sweep_id", "UUID", "the sweep it is part of"),
+        Column("base_run_id", "UUID", "the run without the intervention"), Column("run_id", "UUID", "the run with it, null unless kept"),
+        Column("intervention", "JSON", "the edits"), _KIND, Column("draw", "INTEGER", "number of the control draw"),
+        Column("group_kind", "VARCHAR", "what the tokens are grouped by"), Column("group_value", "VARCHAR", "the group"),
+        _METRIC, _VALUE, Column("ci_low", "DOUBLE", "lower bound"), Column("ci_high", "DOUBLE", "upper bound"),
+        Column("n", "BIGINT", "tokens"), Column("unit", "VARCHAR", "unit of the value"),
+    )),
+    Table("effect_sequences", "one row an effect and sequence, for resampling documents", (
+        Column("effect_id", "UUID", "the effect"), _KIND, Column("draw", "INTEGER", "number of the control draw"), _SEQUENCE,
+        _METRIC, Column("sum", "DOUBLE", "sum over its tokens"), Column("n", "BIGINT", "tokens"),
+    )),
+    Table("batches", "one row a committed batch of the plan", (
+        _RUN, _BATCH, Column("first_sequence", "BIGINT", "its first sequence"), Column("sequences", "INTEGER", "how many it has"),
+        Column("tokens", "BIGINT", "unmasked tokens"),
+    )),
+    Table("load_partials", "loads of one batch, so that shards merge to the same sums", (_RUN, _BATCH, _LAYER, _BLOCK, *_LOAD)),
+    Table("expert_partials", "reductions of one batch, so that shards merge to the same sums", (
+        _RUN, _BATCH, _LAYER, _BLOCK, _EXPERT, Column("tokens", "BIGINT", "tokens that chose the expert"),
+        Column("weight_sum", "DOUBLE", "sum of weights"), Column("norm_sum", "DOUBLE", "sum of L2 norms of its output"),
+        Column("weighted_norm_sum", "DOUBLE", "sum of weight × L2 norm"), Column("max_abs_out", "FLOAT", "largest |output|"),
+        Column("max_abs_channel", "INTEGER", "its channel"), Column("max_abs_token", "BIGINT", "its token"),
+    )),
+)
+
+TABLE_BY_NAME = {table.name: table for table in TABLES}

@@ -1,0 +1,179 @@
+"""The background writer: batches in, one transaction a chunk."""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import duckdb
+import pyarrow as pa
+
+from moescope.core.errors import MoescopeError, RunError
+from moescope.store.store import Store
+from moescope.store.totals import ExpertPartial, LoadPartial, expert_rows, load_rows
+
+CHUNK_ROWS = 245_760
+CHUNK_SECONDS = 30.0
+_QUEUE = 3
+
+
+@dataclass
+class BatchRecords:
+    """Everything one batch gave.
+
+    Attributes:
+        number: of the batch in the plan.
+        batch: its first sequence, how many sequences, and how many unmasked tokens.
+        tables: table name → rows, without run_id.
+        loads, experts: its partial sums.
+    """
+
+    number: int
+    batch: tuple[int, int, int]
+    tables: dict[str, pa.Table] = field(default_factory=dict)
+    loads: list[LoadPartial] = field(default_factory=list)
+    experts: list[ExpertPartial] = field(default_factory=list)
+
+
+class RunWriter:
+    """Writes the batches of one run on a thread of its own; a chunk of whole batches is one transaction.
+
+    `submit` takes a function that makes the rows, so that turning tensors into rows also happens off the model's thread.
+    It blocks once a few batches wait, which bounds memory. An error on the thread is raised by the next call.
+    """
+
+    def __init__(self, store: Store, run_id: str, *, chunk_rows: int = CHUNK_ROWS, chunk_seconds: float = CHUNK_SECONDS) -> None:
+        self._cursor = store.cursor()
+        self._run_id = run_id
+        self._chunk_rows, self._chunk_seconds = chunk_rows, chunk_seconds
+        self._queue: queue.Queue[Callable[[], BatchRecords] | None] = queue.Queue(maxsize=_QUEUE)
+        self._error: BaseException | None = None
+        self._pending: list[BatchRecords] = []
+        self._since = time.monotonic()
+        self._loads: dict[tuple[int, str, str | None, str], LoadPartial] = {}
+        self._experts: dict[tuple[int, str], ExpertPartial] = {}
+        self.committed_batches = 0
+        self._thread = threading.Thread(target=self._work, name="moescope-writer", daemon=True)
+        self._thread.start()
+
+    def submit(self, make_rows: Callable[[], BatchRecords]) -> None:
+        """Hand over one batch; raises `RunError` if an earlier one could not be written."""
+        while True:
+            self.check()
+            try:
+                self._queue.put(make_rows, timeout=0.2)
+            except queue.Full:
+                continue
+            return
+
+    def check(self) -> None:
+        """Raise what went wrong on the writing thread, if anything did."""
+        if self._error is not None:
+            raise _explained(self._error) from self._error
+
+    def close(self) -> None:
+        """Write what waits and stop the thread; raises `RunError` if something could not be written."""
+        while self._thread.is_alive() and self._error is None:
+            try:
+                self._queue.put(None, timeout=0.2)
+                break
+            except queue.Full:
+                continue
+        self._thread.join()
+        self._cursor.close()
+        self.check()
+
+    def _work(self) -> None:
+        try:
+            while (make_rows := self._queue.get()) is not None:
+                self._pending.append(make_rows())
+                if self._full():
+                    self._commit()
+            self._commit()
+        except BaseException as error:  # noqa: BLE001  handed to the thread that records, which raises it
+            self._error = error
+
+    def _full(self) -> bool:
+        rows = max(sum(b.tables[name].num_rows for b in self._pending if name in b.tables) for name in self._pending[0].tables)
+        return rows >= self._chunk_rows or time.monotonic() - self._since >= self._chunk_seconds
+
+    def _commit(self) -> None:
+        if not self._pending:
+            return
+        self._cursor.execute("BEGIN TRANSACTION")
+        try:
+            for name in dict.fromkeys(name for b in self._pending for name in b.tables):
+                self._insert(name, pa.concat_tables([b.tables[name] for b in self._pending if name in b.tables]))
+            for batch in self._pending:
+                self._cursor.execute("INSERT INTO batches VALUES (?, ?, ?, ?, ?)", [self._run_id, batch.number, *batch.batch])
+                self._write_partials(batch)
+            self._write_totals()
+            self._cursor.execute("COMMIT")
+        except BaseException:
+            self._cursor.execute("ROLLBACK")
+            raise
+        self.committed_batches += len(self._pending)
+        self._pending.clear()
+        self._since = time.monotonic()
+
+    def _insert(self, name: str, rows: pa.Table) -> None:
+        columns = ", ".join(f'"{column}"' for column in rows.column_names)
+        self._cursor.register("moescope_rows", rows)
+        self._cursor.execute(f'INSERT INTO "{name}" (run_id, {columns}) SELECT ?, {columns} FROM moescope_rows', [self._run_id])  # noqa: S608
+        self._cursor.unregister("moescope_rows")
+
+    def _write_partials(self, batch: BatchRecords) -> None:
+        for load in batch.loads:
+            if load.key in self._loads:
+                self._loads[load.key].fold(load)
+            else:
+                self._loads[load.key] = load
+        for expert in batch.experts:
+            if expert.key in self._experts:
+                self._experts[expert.key].fold(expert)
+            else:
+                self._experts[expert.key] = expert
+        extra = {"batch": batch.number}
+        if (rows := load_rows(batch.loads, extra, only_used=True)) is not None:
+            self._insert("load_partials", rows)
+        if (rows := expert_rows(batch.experts, extra, only_used=True)) is not None:
+            self._insert("expert_partials", rows)
+
+    def _write_totals(self) -> None:
+        for table in ("loads", "experts"):
+            self._cursor.execute(f"DELETE FROM {table} WHERE run_id = ?", [self._run_id])  # noqa: S608
+        if (rows := load_rows(self._loads.values(), {}, only_used=False)) is not None:
+            self._insert("loads", rows)
+        rows = expert_rows(self._experts.values(), {}, only_used=False)
+        if rows is None:
+            return
+        self._cursor.register("moescope_rows", rows)
+        self._cursor.execute(
+            """
+            INSERT INTO experts
+            SELECT ?, layer, block, expert, tokens, weight_sum,
+                CASE WHEN tokens > 0 THEN norm_sum / tokens END,
+                weighted_norm_sum,
+                CASE WHEN tokens > 0 THEN max_abs_out END,
+                CASE WHEN tokens > 0 THEN max_abs_channel END,
+                CASE WHEN tokens > 0 THEN max_abs_token END,
+                NULL, NULL
+            FROM moescope_rows
+            """,
+            [self._run_id],
+        )
+        self._cursor.unregister("moescope_rows")
+
+
+def _explained(error: BaseException) -> MoescopeError:
+    if isinstance(error, MoescopeError):
+        return error
+    text = str(error)
+    if isinstance(error, duckdb.Error) and ("No space left" in text or "disk" in text.lower() and "full" in text.lower()):
+        return RunError(
+            "the disk is full", found=text, fix="free some space and record the run again; chunks committed before are whole",
+        )
+    return RunError("the records could not be written", found=f"{type(error).__name__}: {text}")
