@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from moescope.core.versions import VERSION as __version__
+from moescope.core.versions import VERSION
 
 if TYPE_CHECKING:
     from moescope.analysis_api import analyses, analyze
@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from moescope.report.write import write_report
     from moescope.store.run import Run
     from moescope.store.store import Store
+
+__version__ = VERSION
 
 _HOME = {
     "Anatomy": "moescope.probes.anatomy",
@@ -43,8 +45,22 @@ _HOME = {
 }
 
 __all__ = [
-    "Anatomy", "Corpus", "IncompleteError", "InputError", "LiveModel", "MoescopeError", "Result", "Run", "RunError", "Store",
-    "StoreError", "analyses", "analyze", "load", "record", "write_report",
+    "Anatomy",
+    "Corpus",
+    "IncompleteError",
+    "InputError",
+    "LiveModel",
+    "MoescopeError",
+    "Result",
+    "Run",
+    "RunError",
+    "Store",
+    "StoreError",
+    "analyses",
+    "analyze",
+    "load",
+    "record",
+    "write_report",
 ]
 
 

@@ -43,11 +43,16 @@ def analyses() -> pd.DataFrame:
     """Every analysis: name, what it answers, the records it needs, its parameters with defaults, its source."""
     import pandas as pd
 
-    return pd.DataFrame([
-        {
-            "name": a.name, "answers": a.summary, "needs": ", ".join(a.needs), "runs": a.runs,
-            "parameters": ", ".join(f"{p.name}={p.default!r} ({p.describe()})" for p in a.parameters.values()),
-            "source": a.source,
-        }
-        for a in registry
-    ])
+    return pd.DataFrame(
+        [
+            {
+                "name": a.name,
+                "answers": a.summary,
+                "needs": ", ".join(a.needs),
+                "runs": a.runs,
+                "parameters": ", ".join(f"{p.name}={p.default!r} ({p.describe()})" for p in a.parameters.values()),
+                "source": a.source,
+            }
+            for a in registry
+        ]
+    )

@@ -100,13 +100,19 @@ class Anatomy:
     def facts(self) -> dict[str, Any]:
         """Numbers of the whole model, for the store."""
         return {
-            "architecture": self.architecture, "d_model": self.d_model, "vocabulary": self.vocabulary,
-            "parameters": self.parameters, "context": self.context, "n_layers": self.n_layers,
+            "architecture": self.architecture,
+            "d_model": self.d_model,
+            "vocabulary": self.vocabulary,
+            "parameters": self.parameters,
+            "context": self.context,
+            "n_layers": self.n_layers,
         }
 
     def __str__(self) -> str:
-        rows = [f"{self.architecture}: {self.n_layers} layers, width {self.d_model}, {self.parameters / 1e6:,.1f} M parameters, "
-                f"vocabulary {self.vocabulary:,}, context {self.context or 'not stated'}"]
+        rows = [
+            f"{self.architecture}: {self.n_layers} layers, width {self.d_model}, {self.parameters / 1e6:,.1f} M parameters, "
+            f"vocabulary {self.vocabulary:,}, context {self.context or 'not stated'}"
+        ]
         return "\n".join([*rows, *("  ".join(cells) for cells in self._cells())])
 
     def _repr_html_(self) -> str:
@@ -128,7 +134,12 @@ class Anatomy:
         runs: list[tuple[int, int, Sublayer]] = []
         for block in dict.fromkeys(s.block for s in self.sublayers):
             for s in (s for s in self.sublayers if s.block == block):
-                same = runs and runs[-1][2].block == block and runs[-1][1] == s.layer - 1 and _shape(runs[-1][2]) == _shape(s)
+                same = (
+                    runs
+                    and runs[-1][2].block == block
+                    and runs[-1][1] == s.layer - 1
+                    and _shape(runs[-1][2]) == _shape(s)
+                )
                 if same:
                     runs[-1] = (runs[-1][0], s.layer, runs[-1][2])
                 else:
@@ -155,7 +166,8 @@ def find_anatomy(model: nn.Module) -> Anatomy:
         raise InputError(
             f"moescope does not know the anatomy of {type(model).__name__}",
             expected="a causal language model of transformers: a stack of transformer blocks of one kind",
-            found="no module list of blocks", fix="load a transformers causal language model",
+            found="no module list of blocks",
+            fix="load a transformers causal language model",
         )
     config = _text_config(model)
     sublayers: list[Sublayer] = []
@@ -165,12 +177,17 @@ def find_anatomy(model: nn.Module) -> Anatomy:
         raise InputError(
             f"{type(model).__name__} has experts that moescope cannot reach",
             expected="experts as one module with 3-D weights that takes (hidden states, expert ids, weights)",
-            found=f"{_config_experts(config)} experts in the configuration and no such module", fix="use a family listed by `moescope doctor`",
+            found=f"{_config_experts(config)} experts in the configuration and no such module",
+            fix="use a family listed by `moescope doctor`",
         )
     return Anatomy(
-        architecture=type(model).__name__, d_model=int(config.hidden_size), vocabulary=int(config.vocab_size),
-        parameters=sum(p.numel() for p in model.parameters()), context=_context(config),
-        block_paths=tuple(names[id(block)] for block in blocks), sublayers=tuple(sublayers),
+        architecture=type(model).__name__,
+        d_model=int(config.hidden_size),
+        vocabulary=int(config.vocab_size),
+        parameters=sum(p.numel() for p in model.parameters()),
+        context=_context(config),
+        block_paths=tuple(names[id(block)] for block in blocks),
+        sublayers=tuple(sublayers),
     )
 
 
@@ -180,7 +197,7 @@ def recordable_classes(model: nn.Module, key: str) -> tuple[tuple[type[nn.Module
         named = getattr(type(module), "_can_record_outputs", None) or {}
         if key in named:
             entries = named[key] if isinstance(named[key], (list, tuple)) else [named[key]]
-            classes = tuple(getattr(e, "target_class", e) for e in entries)
+            classes: list[Any] = [getattr(entry, "target_class", entry) for entry in entries]
             return tuple(c for c in classes if inspect.isclass(c)), int(getattr(entries[0], "index", 0) or 0)
     return (), 0
 
@@ -199,11 +216,14 @@ def _blocks(model: nn.Module) -> list[nn.Module]:
     if found:
         return found
     lists = [list(m) for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) > 0]
-    stacks = [blocks for blocks in lists if len({type(b) for b in blocks}) == 1 and len(list(blocks[0].children())) >= 2]
+    kinds = [(blocks, {type(block) for block in blocks}) for blocks in lists]
+    stacks = [blocks for blocks, types in kinds if len(types) == 1 and len(list(blocks[0].children())) >= 2]
     return max(stacks, key=len, default=[])
 
 
-def _sublayers(model: nn.Module, layer: int, block: nn.Module, names: dict[int, str], config: Any) -> Iterator[Sublayer]:
+def _sublayers(
+    model: nn.Module, layer: int, block: nn.Module, names: dict[int, str], config: Any
+) -> Iterator[Sublayer]:
     attention_classes, _ = recordable_classes(model, "attentions")
     attention = [m for m in block.modules() if attention_classes and isinstance(m, attention_classes)]
     for number, module in enumerate(attention):
@@ -227,13 +247,24 @@ def _moe_sublayer(
     shapes = [p.shape for p in experts.parameters(recurse=False) if p.ndim == 3]
     down = getattr(experts, "down_proj", None)
     transposed = bool(getattr(experts, "is_transposed", False))
-    shared = [m for name, m in block.named_modules() if name.rsplit(".", 1)[-1] in ("shared_expert", "shared_experts", "shared_mlp")]
+    shared = [
+        m
+        for name, m in block.named_modules()
+        if name.rsplit(".", 1)[-1] in ("shared_expert", "shared_experts", "shared_mlp")
+    ]
     return Sublayer(
-        layer, "mlp" + (f".{number}" if number else ""), "decoder", "moe", names[id(_parent(block, experts))],
-        n_experts=int(shapes[0][0]), top_k=_top_k(router, config),
-        n_shared=int(getattr(config, "n_shared_experts", None) or 1) if shared else 0, n_null=0,
+        layer,
+        "mlp" + (f".{number}" if number else ""),
+        "decoder",
+        "moe",
+        names[id(_parent(block, experts))],
+        n_experts=int(shapes[0][0]),
+        top_k=_top_k(router, config),
+        n_shared=int(getattr(config, "n_shared_experts", None) or 1) if shared else 0,
+        n_null=0,
         d_expert=int(down.shape[1 if transposed else 2]) if down is not None else None,
-        router_path=names[id(router)] if router is not None else None, experts_path=names[id(experts)],
+        router_path=names[id(router)] if router is not None else None,
+        experts_path=names[id(experts)],
         router_logits_index=index,
     )
 
@@ -243,7 +274,10 @@ def _parent(block: nn.Module, child: nn.Module) -> nn.Module:
 
 
 def _top_k(router: nn.Module | None, config: Any) -> int | None:
-    for owner, names in ((router, ("top_k", "topk", "num_experts_per_tok")), (config, ("num_experts_per_tok", "top_k_experts", "moe_topk", "moe_top_k", "num_experts_per_token"))):
+    for owner, names in (
+        (router, ("top_k", "topk", "num_experts_per_tok")),
+        (config, ("num_experts_per_tok", "top_k_experts", "moe_topk", "moe_top_k", "num_experts_per_token")),
+    ):
         for name in names:
             value = getattr(owner, name, None)
             if isinstance(value, int):
@@ -272,8 +306,11 @@ def _dense_width(mlp: nn.Module, config: Any) -> int | None:
 def _text_config(model: nn.Module) -> Any:
     config = getattr(model, "config", None)
     if config is None:
-        raise InputError(f"moescope does not know the anatomy of {type(model).__name__}", found="a module without a transformers config",
-                         fix="load a transformers causal language model")
+        raise InputError(
+            f"moescope does not know the anatomy of {type(model).__name__}",
+            found="a module without a transformers config",
+            fix="load a transformers causal language model",
+        )
     return config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
 
 

@@ -17,7 +17,11 @@ def constant(value: str, rows: int) -> pa.Array:
 def lists(values: NDArray[Any], kind: pa.DataType) -> pa.ListArray:
     """A [row, k] array as a column of lists."""
     rows, width = values.shape
-    offsets = pa.array(np.arange(0, rows * width + 1, width, dtype=np.int32)) if width else pa.array(np.zeros(rows + 1, np.int32))
+    offsets = (
+        pa.array(np.arange(0, rows * width + 1, width, dtype=np.int32))
+        if width
+        else pa.array(np.zeros(rows + 1, np.int32))
+    )
     return pa.ListArray.from_arrays(offsets, pa.array(np.ascontiguousarray(values).ravel(), kind))
 
 

@@ -9,11 +9,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+from moescope.probes.corpus import Corpus, Document
+from moescope.probes.corpus_files import BadRecord
 from numpy.typing import NDArray
 
 from moescope.core.errors import InputError
-from moescope.probes.corpus import Corpus, Document
-from moescope.probes.corpus_files import BadRecord
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,11 @@ class Sequence:
     @property
     def metadata_json(self) -> str | None:
         """Every other field of the document as JSON, None where there is none."""
-        return json.dumps(dict(self.document.metadata), default=str, ensure_ascii=False) if self.document.metadata else None
+        return (
+            json.dumps(dict(self.document.metadata), default=str, ensure_ascii=False)
+            if self.document.metadata
+            else None
+        )
 
 
 @dataclass(frozen=True)
@@ -133,7 +137,10 @@ class BatchPlan:
             yield from (("", ids[start : start + self.max_length]) for start in range(0, len(ids), self.max_length))
             return
         if self.tokenizer is None:
-            raise InputError("this corpus has texts, but the model has no tokenizer", fix="pass tokenizer=… to load, or use Corpus.from_token_ids")
+            raise InputError(
+                "this corpus has texts, but the model has no tokenizer",
+                fix="pass tokenizer=… to load, or use Corpus.from_token_ids",
+            )
         fast = bool(self.tokenizer.is_fast)
         encoded = self.tokenizer(document.text, add_special_tokens=False, return_offsets_mapping=fast, verbose=False)
         ids = list(encoded["input_ids"])

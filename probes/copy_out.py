@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
-
 from moescope.probes.probe import Arrays, Tensors
+from numpy.typing import NDArray
 
 Key = TypeVar("Key")
 
@@ -21,7 +20,7 @@ class CopyOut:
     """
 
     def __init__(self) -> None:
-        self._streams: dict[torch.device, torch.cuda.Stream] = {}
+        self._streams: dict[torch.device, Any] = {}
 
     def begin(self, kept: Mapping[Key, Tensors]) -> Callable[[], dict[Key, Arrays]]:
         """Start copying what was kept at each key."""
@@ -39,7 +38,10 @@ class CopyOut:
         tensor = tensor.detach()
         if tensor.device.type != "cuda":
             return tensor.cpu()
-        stream = self._streams.setdefault(tensor.device, torch.cuda.Stream(tensor.device))
+        if tensor.device not in self._streams:
+            make_stream: Any = torch.cuda.Stream
+            self._streams[tensor.device] = make_stream(tensor.device)
+        stream = self._streams[tensor.device]
         stream.wait_stream(torch.cuda.current_stream(tensor.device))
         with torch.cuda.stream(stream):
             host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)

@@ -8,8 +8,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from moescope.core.errors import InputError
 from moescope.probes.corpus_files import READERS, BadRecord, Record
+
+from moescope.core.errors import InputError
 
 
 @dataclass(frozen=True)
@@ -67,8 +68,13 @@ class Corpus:
     """
 
     def __init__(
-        self, records: Callable[[], Iterable[Record | BadRecord]], *, name: str, text_field: str = "text",
-        label_field: str = "label", skip_bad_lines: bool = False,
+        self,
+        records: Callable[[], Iterable[Record | BadRecord]],
+        *,
+        name: str,
+        text_field: str = "text",
+        label_field: str = "label",
+        skip_bad_lines: bool = False,
     ) -> None:
         self._records = records
         self.name = name
@@ -92,7 +98,11 @@ class Corpus:
         Raises:
             InputError: nothing there, nothing readable, or a record without text (with its line).
         """
-        options: dict[str, Any] = {"text_field": text_field, "label_field": label_field, "skip_bad_lines": skip_bad_lines}
+        options: dict[str, Any] = {
+            "text_field": text_field,
+            "label_field": label_field,
+            "skip_bad_lines": skip_bad_lines,
+        }
         if source == "demo":
             from moescope.probes.demo import CORPUS_PATH
 
@@ -105,16 +115,20 @@ class Corpus:
         if isinstance(source, Sequence) or (hasattr(source, "__iter__") and hasattr(source, "features")):
             return cls(lambda: _item_records(source), name=type(source).__name__, **options)
         raise InputError(
-            "this is not a corpus", expected="a path, a list of texts or dicts, or a datasets.Dataset",
-            found=type(source).__name__, fix="turn a generator into a list, or write it to a .jsonl file",
+            "this is not a corpus",
+            expected="a path, a list of texts or dicts, or a datasets.Dataset",
+            found=type(source).__name__,
+            fix="turn a generator into a list, or write it to a .jsonl file",
         )
 
     @classmethod
     def from_token_ids(cls, sequences: Sequence[Sequence[int]], *, labels: Sequence[str] | None = None) -> Corpus:
         """A corpus of given token ids; needs no tokenizer, and nothing is added to the ids."""
         if labels is not None and len(labels) != len(sequences):
-            raise InputError("every sequence needs a label", expected=f"{len(sequences)} labels", found=str(len(labels)))
-        names = labels or [None] * len(sequences)
+            raise InputError(
+                "every sequence needs a label", expected=f"{len(sequences)} labels", found=str(len(labels))
+            )
+        names: Sequence[str | None] = labels or [None] * len(sequences)
         rows = [{"token_ids": tuple(map(int, ids)), "label": name} for ids, name in zip(sequences, names, strict=True)]
         return cls(lambda: _item_records(rows), name=f"{len(rows)} sequences of token ids")
 
@@ -127,7 +141,8 @@ class Corpus:
             document = self._document(record)
             if isinstance(document, BadRecord) and not self._skip:
                 raise InputError(
-                    f"{document.where} {document.problem}", expected=f"a record with a text in {self._text_field!r}",
+                    f"{document.where} {document.problem}",
+                    expected=f"a record with a text in {self._text_field!r}",
                     fix="mend it, or leave such records out and count them: skip_bad_lines=True (--skip-bad-lines)",
                 )
             yield document
@@ -157,7 +172,8 @@ class Corpus:
                 digest.update(encoded)
         if not documents:
             raise InputError(
-                f"the corpus {self.name} is empty", found=f"{skipped} records, none readable: {first_skipped}" if skipped else "no documents",
+                f"the corpus {self.name} is empty",
+                found=f"{skipped} records, none readable: {first_skipped}" if skipped else "no documents",
                 fix="pass a corpus with at least one text",
             )
         return CorpusFacts(documents, characters, labels, digest.hexdigest(), skipped, first_skipped)
@@ -170,10 +186,17 @@ class Corpus:
         text = fields.pop(self._text_field, None)
         label = fields.pop(self._label_field, None)
         if ids is not None:
-            return Document("", _name(label), record.where, fields, tuple(ids)) if ids else BadRecord(record.where, "has no token ids")
+            return (
+                Document("", _name(label), record.where, fields, tuple(ids))
+                if ids
+                else BadRecord(record.where, "has no token ids")
+            )
         if not isinstance(text, str):
             has = ", ".join(map(repr, record.fields)) or "no fields"
-            return BadRecord(record.where, f"has no text: its fields are {has}" if text is None else f"has a {type(text).__name__} as text")
+            return BadRecord(
+                record.where,
+                f"has no text: its fields are {has}" if text is None else f"has a {type(text).__name__} as text",
+            )
         if not text.strip("\ufeff \t\r\n"):
             return BadRecord(record.where, "has an empty text")
         source = fields.pop("source", None)
@@ -200,7 +223,10 @@ def _item_records(items: Iterable[Any]) -> Iterator[Record | BadRecord]:
 
 def _path_records(path: Path) -> Callable[[], Iterator[Record | BadRecord]]:
     if not path.exists():
-        raise InputError(f"there is no corpus at {path}", fix="check the path; a corpus is a .jsonl, .csv, .parquet or .txt file, or a folder of them")
+        raise InputError(
+            f"there is no corpus at {path}",
+            fix="check the path; a corpus is a .jsonl, .csv, .parquet or .txt file, or a folder of them",
+        )
     if path.is_file():
         return _reader(path)
     files = sorted(f for f in path.rglob("*") if f.is_file() and f.suffix.lower() in READERS)
@@ -221,7 +247,11 @@ def _path_records(path: Path) -> Callable[[], Iterator[Record | BadRecord]]:
 def _reader(path: Path) -> Callable[[], Iterator[Record | BadRecord]]:
     read = READERS.get(path.suffix.lower())
     if read is None:
-        raise InputError(f"cannot read {path} as a corpus", expected=f"a file ending in {', '.join(READERS)}", found=path.suffix or "no ending")
+        raise InputError(
+            f"cannot read {path} as a corpus",
+            expected=f"a file ending in {', '.join(READERS)}",
+            found=path.suffix or "no ending",
+        )
 
     def walk() -> Iterator[Record | BadRecord]:
         try:

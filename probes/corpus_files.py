@@ -95,7 +95,10 @@ def read_txt(path: Path) -> Iterator[Record | BadRecord]:
 
 
 READERS: Mapping[str, Callable[[Path], Iterator[Record | BadRecord]]] = {
-    ".jsonl": read_jsonl, ".csv": read_csv, ".parquet": read_parquet, ".txt": read_txt,
+    ".jsonl": read_jsonl,
+    ".csv": read_csv,
+    ".parquet": read_parquet,
+    ".txt": read_txt,
 }
 
 

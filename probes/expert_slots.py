@@ -22,7 +22,9 @@ from moescope.core.errors import InputError
 IMPLEMENTATION = "moescope_slots"
 _TAP = "_moescope_slot_tap"
 
-Receive = Callable[[Float[torch.Tensor, "token k d_model"], Int[torch.Tensor, "token k"], Float[torch.Tensor, "token k"]], None]
+Receive = Callable[
+    [Float[torch.Tensor, "token k d_model"], Int[torch.Tensor, "token k"], Float[torch.Tensor, "token k"]], None
+]
 
 
 @dataclass(frozen=True)
@@ -34,7 +36,11 @@ class _SlotTap:
 
 def reachable(experts: nn.Module) -> bool:
     """Whether transformers dispatches this module's computation, so that its slots can be read."""
-    return hasattr(experts, "config") and hasattr(experts, "_is_expert_parallel") and hasattr(type(experts).forward, "__wrapped__")
+    return (
+        hasattr(experts, "config")
+        and hasattr(experts, "_is_expert_parallel")
+        and hasattr(type(experts).forward, "__wrapped__")
+    )
 
 
 @contextmanager
@@ -53,7 +59,8 @@ def slots_tapped(taps: Iterable[tuple[nn.Module, Receive]]) -> Iterator[None]:
         for module, receive in taps:
             if not reachable(module):
                 raise InputError(
-                    f"the inside of {type(module).__name__} cannot be read", found="a family whose experts transformers does not dispatch",
+                    f"the inside of {type(module).__name__} cannot be read",
+                    found="a family whose experts transformers does not dispatch",
                     fix="record without the probe `experts`: --probe tokens,routing,residual",
                 )
             config: Any = module.config
@@ -61,7 +68,9 @@ def slots_tapped(taps: Iterable[tuple[nn.Module, Receive]]) -> Iterator[None]:
                 held.append((config, config._experts_implementation))
             underlying = next(name for c, name in held if c is config) or "eager"
             if underlying == IMPLEMENTATION:
-                raise InputError("this model is already being recorded", fix="let the first recording end before a second begins")
+                raise InputError(
+                    "this model is already being recorded", fix="let the first recording end before a second begins"
+                )
             eager = type(module).forward.__wrapped__  # type: ignore[attr-defined]  # checked by reachable()
             forward = ALL_EXPERTS_FUNCTIONS.get_interface(underlying, eager)
             setattr(module, _TAP, _SlotTap(underlying, forward, receive))
@@ -77,7 +86,9 @@ def slots_tapped(taps: Iterable[tuple[nn.Module, Receive]]) -> Iterator[None]:
 
 
 def _slots_forward(
-    self: nn.Module, hidden: Float[torch.Tensor, "token d_model"], ids: Int[torch.Tensor, "token k"],
+    self: nn.Module,
+    hidden: Float[torch.Tensor, "token d_model"],
+    ids: Int[torch.Tensor, "token k"],
     weights: Float[torch.Tensor, "token k"],
 ) -> Float[torch.Tensor, "token d_model"]:
     tap: _SlotTap = getattr(self, _TAP)

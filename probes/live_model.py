@@ -7,9 +7,8 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from torch import nn
-
 from moescope.probes.anatomy import Anatomy, find_anatomy
+from torch import nn
 
 
 class LiveModel:
@@ -60,8 +59,11 @@ class LiveModel:
         """What decides the numbers besides weights and text: dtype, device, kernels."""
         config = getattr(self.module, "config", None)
         return {
-            "dtype": str(self.dtype).removeprefix("torch."), "device": str(self.device), "threads": torch.get_num_threads(),
-            "attention": getattr(config, "_attn_implementation", None), "experts": getattr(config, "_experts_implementation", None),
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "device": str(self.device),
+            "threads": torch.get_num_threads(),
+            "attention": getattr(config, "_attn_implementation", None),
+            "experts": getattr(config, "_experts_implementation", None),
         }
 
     def __repr__(self) -> str:

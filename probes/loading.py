@@ -8,18 +8,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from moescope.probes.live_model import LiveModel
 from torch import nn
 
 from moescope.core.errors import InputError
-from moescope.probes.live_model import LiveModel
 
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 _SAMPLE = 1 << 20
 
 
 def load(
-    model: str | Path | nn.Module, *, tokenizer: Any = None, device: str = "auto", dtype: str = "auto",
-    revision: str | None = None, trust_remote_code: bool = False,
+    model: str | Path | nn.Module,
+    *,
+    tokenizer: Any = None,
+    device: str = "auto",
+    dtype: str = "auto",
+    revision: str | None = None,
+    trust_remote_code: bool = False,
 ) -> LiveModel:
     """Load a model to record.
 
@@ -56,18 +61,40 @@ def load(
     if path.suffix.lower() == ".gguf":
         if not path.is_file():
             raise InputError(f"there is no file {path}", fix="check the path of the .gguf file")
-        return _from_transformers(path.parent, name=str(path), device=target, dtype=kind, revision=_digest(path), gguf_file=path.name)
+        return _from_transformers(
+            path.parent, name=str(path), device=target, dtype=kind, revision=_digest(path), gguf_file=path.name
+        )
     if path.is_dir():
         _check_folder(path)
-        return _from_transformers(path, name=str(path), device=target, dtype=kind, revision=_digest(path), trust_remote_code=trust_remote_code)
+        return _from_transformers(
+            path, name=str(path), device=target, dtype=kind, revision=_digest(path), trust_remote_code=trust_remote_code
+        )
     if path.exists() or not _HUB_ID.fullmatch(str(model)):
-        raise InputError(f"cannot load {model}", expected='"demo", a Hub id, a folder or a .gguf file', found="a file of another kind" if path.exists() else "no such path")
-    return _from_transformers(str(model), name=str(model), device=target, dtype=kind, hub_revision=revision, trust_remote_code=trust_remote_code)
+        raise InputError(
+            f"cannot load {model}",
+            expected='"demo", a Hub id, a folder or a .gguf file',
+            found="a file of another kind" if path.exists() else "no such path",
+        )
+    return _from_transformers(
+        str(model),
+        name=str(model),
+        device=target,
+        dtype=kind,
+        hub_revision=revision,
+        trust_remote_code=trust_remote_code,
+    )
 
 
 def _from_transformers(
-    source: str | Path, *, name: str, device: torch.device, dtype: torch.dtype | str, revision: str | None = None,
-    hub_revision: str | None = None, gguf_file: str | None = None, trust_remote_code: bool = False,
+    source: str | Path,
+    *,
+    name: str,
+    device: torch.device,
+    dtype: torch.dtype | str,
+    revision: str | None = None,
+    hub_revision: str | None = None,
+    gguf_file: str | None = None,
+    trust_remote_code: bool = False,
 ) -> LiveModel:
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
@@ -76,16 +103,17 @@ def _from_transformers(
     options |= {"revision": hub_revision} if hub_revision else {}
     options |= {"gguf_file": gguf_file} if gguf_file else {}
     safe = {} if gguf_file else {"use_safetensors": True}
-    bars = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
+    progress: Any = logging
+    bars = progress.is_progress_bar_enabled()
+    progress.disable_progress_bar()
     try:
-        module = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **safe, **options)
+        module: Any = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **safe, **options)
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
     except (OSError, ValueError, KeyError, ImportError, RuntimeError) as refused:
         raise _explained(name, refused) from refused
     finally:
         if bars:
-            logging.enable_progress_bar()
+            progress.enable_progress_bar()
     commit = getattr(module.config, "_commit_hash", None)
     return LiveModel(module.to(device), tokenizer, name=name, revision=revision or commit)
 
@@ -93,24 +121,50 @@ def _from_transformers(
 def _explained(name: str, refused: Exception) -> InputError:
     text = " ".join(str(refused).split())
     found = text[:400]
-    if isinstance(refused, ValueError) and ("does not recognize this architecture" in text or "Unrecognized configuration class" in text or "Unrecognized model" in text):
-        return InputError(f"transformers knows no causal language model for {name}", found=found, fix="upgrade transformers, or pass an nn.Module")
+    if isinstance(refused, ValueError) and (
+        "does not recognize this architecture" in text
+        or "Unrecognized configuration class" in text
+        or "Unrecognized model" in text
+    ):
+        return InputError(
+            f"transformers knows no causal language model for {name}",
+            found=found,
+            fix="upgrade transformers, or pass an nn.Module",
+        )
     if "trust_remote_code" in text:
-        return InputError(f"{name} brings its own Python code", found=found, fix="read that code; if you trust it, pass trust_remote_code=True (--trust-remote-code)")
+        return InputError(
+            f"{name} brings its own Python code",
+            found=found,
+            fix="read that code; if you trust it, pass trust_remote_code=True (--trust-remote-code)",
+        )
     if "safetensors" in text:
-        return InputError(f"{name} has no safetensors weights", found=found, fix="convert them to safetensors: moescope never unpickles")
+        return InputError(
+            f"{name} has no safetensors weights",
+            found=found,
+            fix="convert them to safetensors: moescope never unpickles",
+        )
     if isinstance(refused, OSError):
-        return InputError(f"cannot find or read the model {name}", found=found, fix="check the name, your connection and your access (HF_TOKEN), or pass a local folder")
+        return InputError(
+            f"cannot find or read the model {name}",
+            found=found,
+            fix="check the name, your connection and your access (HF_TOKEN), or pass a local folder",
+        )
     return InputError(f"cannot load {name}", found=found)
 
 
 def _check_folder(path: Path) -> None:
     if not (path / "config.json").is_file():
-        raise InputError(f"{path} is not a model folder", expected="config.json beside the weights", fix="for a GGUF file, pass the file itself" if list(path.glob("*.gguf")) else None)
+        raise InputError(
+            f"{path} is not a model folder",
+            expected="config.json beside the weights",
+            fix="for a GGUF file, pass the file itself" if list(path.glob("*.gguf")) else None,
+        )
     if not list(path.glob("*.safetensors")):
         pickled = list(path.glob("*.bin")) or list(path.glob("*.pt"))
         raise InputError(
-            f"{path} has no weights", expected="*.safetensors", found="pickled weights, which moescope never loads" if pickled else "none",
+            f"{path} has no weights",
+            expected="*.safetensors",
+            found="pickled weights, which moescope never loads" if pickled else "none",
             fix="convert them to safetensors" if pickled else "download the weights into the folder",
         )
 
@@ -122,12 +176,19 @@ def _device(device: str) -> torch.device:
         target = torch.device(device)
         torch.empty(0, device=target)
     except (RuntimeError, AssertionError) as refused:
-        raise InputError(f"there is no device {device!r} here", found=" ".join(str(refused).split())[:200], fix="use cpu, or auto") from refused
+        raise InputError(
+            f"there is no device {device!r} here", found=" ".join(str(refused).split())[:200], fix="use cpu, or auto"
+        ) from refused
     return target
 
 
 def _dtype(dtype: str) -> torch.dtype | str:
-    known = {"auto": "auto", "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    known: dict[str, torch.dtype | str] = {
+        "auto": "auto",
+        "float32": torch.float32,
+        "bfloat16": torch.bfloat16,
+        "float16": torch.float16,
+    }
     if dtype not in known:
         raise InputError(f"{dtype!r} is not a dtype that models are loaded in", expected=", ".join(known))
     return known[dtype]

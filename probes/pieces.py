@@ -42,10 +42,13 @@ class Pieces:
         fresh = [] if self._tokenizer is None else [i for i in map(int, np.unique(ids)) if i not in self._written]
         self._written.update(fresh)
         raw = [token_bytes(self._tokenizer, i) for i in fresh]
-        return pa.table({
-            "token_id": pa.array(fresh, pa.int32()), "bytes": pa.array(raw, pa.binary()),
-            "text": pa.array([b.decode("utf-8", "replace") for b in raw], pa.string()),
-        })
+        return pa.table(
+            {
+                "token_id": pa.array(fresh, pa.int32()),
+                "bytes": pa.array(raw, pa.binary()),
+                "text": pa.array([b.decode("utf-8", "replace") for b in raw], pa.string()),
+            }
+        )
 
     def _class_of(self, token_id: int) -> int:
         if token_id not in self._class:

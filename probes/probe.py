@@ -9,13 +9,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
-
-from moescope.core.sites import Site
 from moescope.probes.anatomy import Anatomy, Sublayer
 from moescope.probes.batches import Batch
 from moescope.store.coverage import Expectation
 from moescope.store.writer import BatchRecords
+from numpy.typing import NDArray
+
+from moescope.core.sites import Site
 
 Tensors = Mapping[str, torch.Tensor]
 Arrays = Mapping[str, NDArray[Any]]
@@ -112,5 +112,7 @@ def expectations_at(
     found = []
     for s in sublayers:
         site = Site(s.layer, s.block, tensor)
-        found.append(Expectation(str(site), per_sublayer(s), query, s.layer, s.block, probe.context.problems.get(str(site))))
+        found.append(
+            Expectation(str(site), per_sublayer(s), query, s.layer, s.block, probe.context.problems.get(str(site)))
+        )
     return found

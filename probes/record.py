@@ -9,12 +9,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-
-from moescope.core.errors import InputError, MoescopeError, RunError
-from moescope.core.probe import ProbeEntry
-from moescope.core.probe import probes as probe_registry
-from moescope.core.sites import EXPERT_INDICES, ROUTER_LOGITS, Site
-from moescope.core.versions import library_versions
 from moescope.probes.anatomy import Sublayer
 from moescope.probes.batches import Batch, BatchPlan
 from moescope.probes.copy_out import CopyOut
@@ -32,13 +26,27 @@ from moescope.store.run import Run
 from moescope.store.store import Store
 from moescope.store.writer import BatchRecords, RunWriter
 
+from moescope.core.errors import InputError, MoescopeError, RunError
+from moescope.core.probe import ProbeEntry
+from moescope.core.probe import probes as probe_registry
+from moescope.core.sites import EXPERT_INDICES, ROUTER_LOGITS, Site
+from moescope.core.versions import library_versions
+
 _LEAST_ROOM = 64 << 20
 _RULE_ROWS = 2
 
 
 def record(
-    model: LiveModel, corpus: Any, store: Store, *, name: str, probes: Sequence[str] | None = None, batch_size: int = 8,
-    max_length: int = 512, seed: int = 0, progress: bool = True,
+    model: LiveModel,
+    corpus: Any,
+    store: Store,
+    *,
+    name: str,
+    probes: Sequence[str] | None = None,
+    batch_size: int = 8,
+    max_length: int = 512,
+    seed: int = 0,
+    progress: bool = True,
 ) -> Run:
     """Run a corpus through a model and keep what the probes see.
 
@@ -70,7 +78,16 @@ def record(
         ...     run.status
         'complete'
     """
-    recording = Recording(model, Corpus.load(corpus), store, name=name, probes=probes, batch_size=batch_size, max_length=max_length, seed=seed)
+    recording = Recording(
+        model,
+        Corpus.load(corpus),
+        store,
+        name=name,
+        probes=probes,
+        batch_size=batch_size,
+        max_length=max_length,
+        seed=seed,
+    )
     return recording.run(progress=progress)
 
 
@@ -78,16 +95,26 @@ class Recording:
     """One call of `record`, from the checks to the ledger. Everything is checked before the run is entered."""
 
     def __init__(
-        self, model: LiveModel, corpus: Corpus, store: Store, *, name: str, probes: Sequence[str] | None, batch_size: int,
-        max_length: int, seed: int,
+        self,
+        model: LiveModel,
+        corpus: Corpus,
+        store: Store,
+        *,
+        name: str,
+        probes: Sequence[str] | None,
+        batch_size: int,
+        max_length: int,
+        seed: int,
     ) -> None:
         if batch_size < 1 or max_length < 2:
-            raise InputError("batch_size must be at least 1 and max_length at least 2", found=f"{batch_size} and {max_length}")
+            raise InputError(
+                "batch_size must be at least 1 and max_length at least 2", found=f"{batch_size} and {max_length}"
+            )
         if store.read_only:
             raise InputError(f"{store.path} is open for reading only", fix="open it with Store(path)")
         _check_room(store)
         self.model, self.corpus, self.store, self.name, self.seed = model, corpus, store, name, seed
-        self.entries = _chosen(model, probes)
+        self.entries = chosen_probes(model, probes)
         self.facts: CorpusFacts = corpus.facts()
         self.max_length = min(max_length, model.context or max_length)
         self.plan = BatchPlan(corpus, model.tokenizer, batch_size, self.max_length)
@@ -122,7 +149,11 @@ class Recording:
         raise _explained(failure) from failure
 
     def _forward_passes(self, writer: RunWriter, started: float, *, progress: bool) -> None:
-        sites = {site: [p for p in self.probes if site in p.sites(self.model.anatomy)] for p in self.probes for site in p.sites(self.model.anatomy)}
+        sites = {
+            site: [p for p in self.probes if site in p.sites(self.model.anatomy)]
+            for p in self.probes
+            for site in p.sites(self.model.anatomy)
+        }
         kept: dict[Any, dict[str, torch.Tensor]] = {}
         mask: torch.Tensor
 
@@ -132,8 +163,11 @@ class Recording:
                 if small:
                     kept.setdefault(site, {}).update(small)
 
-        with RunProgress(f"recording {self.name}", self.facts.characters, shown=progress) as bar, torch.no_grad(), \
-                tapped(self.model.module, self.model.anatomy, list(sites), receive):
+        with (
+            RunProgress(f"recording {self.name}", self.facts.characters, shown=progress) as bar,
+            torch.no_grad(),
+            tapped(self.model.module, self.model.anatomy, list(sites), receive),
+        ):
             for batch in self.plan:
                 kept.clear()
                 on_device = to_device(batch, self.model)
@@ -160,12 +194,21 @@ class Recording:
 
     def _begin(self) -> Run:
         settings = {
-            "probes": [e.name for e in self.entries], "batch_size": self.plan.batch_size, "max_length": self.max_length,
-            "corpus": self.corpus.name, **self.model.settings(),
+            "probes": [e.name for e in self.entries],
+            "batch_size": self.plan.batch_size,
+            "max_length": self.max_length,
+            "corpus": self.corpus.name,
+            **self.model.settings(),
         }
         run = self.store.begin_run(
-            name=self.name, model=self.model.name, revision=self.model.revision, architecture=self.model.anatomy.architecture,
-            settings=settings, versions=library_versions(), seed=self.seed, corpus_fingerprint=self.facts.fingerprint,
+            name=self.name,
+            model=self.model.name,
+            revision=self.model.revision,
+            architecture=self.model.anatomy.architecture,
+            settings=settings,
+            versions=library_versions(),
+            seed=self.seed,
+            corpus_fingerprint=self.facts.fingerprint,
             anatomy=self.model.anatomy.facts(),
         )
         self.store.add_layers(run, [self._layer_row(s) for s in self.model.anatomy.sublayers])
@@ -174,20 +217,32 @@ class Recording:
     def _layer_row(self, s: Sublayer) -> dict[str, Any]:
         columns = ("layer", "block", "stack", "kind", "n_experts", "top_k", "n_shared", "n_null", "d_expert")
         rule = self.rules.get((s.layer, s.block))
-        return {column: getattr(s, column) for column in columns} | {"routing_rule": json.dumps(rule.as_json()) if rule else None}
+        return {column: getattr(s, column) for column in columns} | {
+            "routing_rule": json.dumps(rule.as_json()) if rule else None
+        }
 
     def _end(self, run: Run, seconds: float, failure: BaseException | None) -> None:
         stopped = _reason(failure)
         expectations = [
-            Expectation("documents", self.facts.documents, "SELECT count(DISTINCT document_id) FROM sequences WHERE run_id = $run",
-                        problem=f"recording stopped early: {stopped}" if stopped else None),
+            Expectation(
+                "documents",
+                self.facts.documents,
+                "SELECT count(DISTINCT document_id) FROM sequences WHERE run_id = $run",
+                problem=f"recording stopped early: {stopped}" if stopped else None,
+            ),
             *(e for probe in self.probes for e in probe.expectations(self.tokens, self.sequences)),
         ]
         summary = {
-            "tokens": self.tokens, "sequences": self.sequences, "documents": self.facts.documents, "seconds": round(seconds, 3),
-            "tokens_per_second": round(self.tokens / max(seconds, 1e-9), 1), "split_documents": self.plan.split_documents,
-            "single_token_sequences": self.plan.single_tokens, "skipped_records": self.facts.skipped,
-            "first_skipped": self.facts.first_skipped, "stopped": stopped,
+            "tokens": self.tokens,
+            "sequences": self.sequences,
+            "documents": self.facts.documents,
+            "seconds": round(seconds, 3),
+            "tokens_per_second": round(self.tokens / max(seconds, 1e-9), 1),
+            "split_documents": self.plan.split_documents,
+            "single_token_sequences": self.plan.single_tokens,
+            "skipped_records": self.facts.skipped,
+            "first_skipped": self.facts.first_skipped,
+            "stopped": stopped,
         }
         failed = failure is not None and not isinstance(failure, KeyboardInterrupt)
         end_run(self.store, run, expectations, summary, failed=failed)
@@ -201,7 +256,10 @@ class Recording:
         sites = [Site(s.layer, s.block, tensor) for s in routers for tensor in (ROUTER_LOGITS, EXPERT_INDICES)]
         first = next(iter(self.plan))
         few = Batch(0, first.sequences[:_RULE_ROWS], 0, 0)
-        with torch.no_grad(), tapped(self.model.module, self.model.anatomy, sites, lambda site, tensors: seen.update({site: tensors})):
+        with (
+            torch.no_grad(),
+            tapped(self.model.module, self.model.anatomy, sites, lambda site, tensors: seen.update({site: tensors})),
+        ):
             on_device = to_device(few, self.model)
             logits_of(self.model, on_device)
         return {(s.layer, s.block): rule for s in routers if (rule := _rule_at(s, seen, on_device.mask.reshape(-1)))}
@@ -215,7 +273,8 @@ def _rule_at(s: Sublayer, seen: dict[Site, dict[str, torch.Tensor]], real: torch
     return find_rule(logits[real], decision["indices"][real], decision["weights"][real])
 
 
-def _chosen(model: LiveModel, names: Sequence[str] | None) -> list[ProbeEntry]:
+def chosen_probes(model: LiveModel, names: Sequence[str] | None) -> list[ProbeEntry]:
+    """The probes a run records: those named, or the default ones that this model has a use for."""
     if names is None:
         entries = [entry for entry in probe_registry if entry.default]
     else:
@@ -225,7 +284,8 @@ def _chosen(model: LiveModel, names: Sequence[str] | None) -> list[ProbeEntry]:
     useless = [e.name for e in entries if e.name in ("routing", "experts")]
     if names is not None and useless:
         raise InputError(
-            f"{model.name} is dense: it has no routers or experts", found=f"probes {', '.join(useless)}",
+            f"{model.name} is dense: it has no routers or experts",
+            found=f"probes {', '.join(useless)}",
             fix="leave them out, or leave the choice of probes to moescope",
         )
     return [e for e in entries if e.name not in useless]
@@ -238,8 +298,12 @@ def _batch_row(batch: Batch) -> tuple[int, int, int]:
 def _check_room(store: Store) -> None:
     free = shutil.disk_usage(store.path.parent).free
     if free < _LEAST_ROOM:
-        raise RunError(f"there is no room on the disk of {store.path}", expected=f"at least {_LEAST_ROOM >> 20} MiB",
-                       found=f"{free / 2**20:.0f} MiB", fix="free some space, or put the store elsewhere")
+        raise RunError(
+            f"there is no room on the disk of {store.path}",
+            expected=f"at least {_LEAST_ROOM >> 20} MiB",
+            found=f"{free / 2**20:.0f} MiB",
+            fix="free some space, or put the store elsewhere",
+        )
 
 
 def _reason(failure: BaseException | None) -> str | None:
@@ -251,7 +315,13 @@ def _reason(failure: BaseException | None) -> str | None:
 def _explained(failure: BaseException) -> RunError:
     text = " ".join(str(failure).split())[:400]
     if isinstance(failure, torch.OutOfMemoryError) or "out of memory" in text or isinstance(failure, MemoryError):
-        return RunError("the device ran out of memory", found=text, fix="lower batch_size or max_length; chunks written before are whole")
-    return RunError("the model failed on the way", found=f"{type(failure).__name__}: {text}", fix="chunks written before are whole; see the cause above with --debug")
-
-
+        return RunError(
+            "the device ran out of memory",
+            found=text,
+            fix="lower batch_size or max_length; chunks written before are whole",
+        )
+    return RunError(
+        "the model failed on the way",
+        found=f"{type(failure).__name__}: {text}",
+        fix="chunks written before are whole; see the cause above with --debug",
+    )

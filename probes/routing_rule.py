@@ -40,7 +40,9 @@ class RoutingRule:
 
 
 def find_rule(
-    logits: Float[torch.Tensor, "token n_experts"], ids: Int[torch.Tensor, "token k"], weights: Float[torch.Tensor, "token k"]
+    logits: Float[torch.Tensor, "token n_experts"],
+    ids: Int[torch.Tensor, "token k"],
+    weights: Float[torch.Tensor, "token k"],
 ) -> RoutingRule:
     """Try the known rules against real decisions and give the one that agrees most.
 
@@ -48,7 +50,8 @@ def find_rule(
     """
     logits, weights = logits.float(), weights.float()
     found = []
-    for score in ("softmax", "sigmoid"):
+    names: tuple[Score, ...] = ("softmax", "sigmoid")
+    for score in names:
         scores = logits.softmax(-1) if score == "softmax" else logits.sigmoid()
         expected_ids = scores.topk(ids.shape[-1], dim=-1).indices
         same_set = (expected_ids.sort(-1).values == ids.sort(-1).values).all(-1)
@@ -58,5 +61,5 @@ def find_rule(
             scale = float((weights / base).median())
             same_weights = torch.isclose(base * scale, weights, rtol=1e-2, atol=1e-6).all(-1)
             agreement = float((same_set & same_weights).float().mean())
-            found.append(RoutingRule(score, renormalise, round(scale, 4), agreement, len(ids)))  # type: ignore[arg-type]
+            found.append(RoutingRule(score, renormalise, round(scale, 4), agreement, len(ids)))
     return max(found, key=lambda rule: rule.agreement)

@@ -9,12 +9,12 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
+from moescope.probes.anatomy import Anatomy, Sublayer
+from moescope.probes.expert_slots import slots_tapped
 from torch import nn
 
 from moescope.core.errors import InputError
 from moescope.core.sites import EXPERT_INDICES, EXPERT_OUT, RESID_POST, ROUTER_LOGITS, Site
-from moescope.probes.anatomy import Anatomy, Sublayer
-from moescope.probes.expert_slots import slots_tapped
 
 Receive = Callable[[Site, dict[str, torch.Tensor]], None]
 
@@ -51,7 +51,11 @@ def tapped(model: nn.Module, anatomy: Anatomy, sites: Collection[Site], receive:
                     hook = _output_hook(site, "logits", sublayer.router_logits_index, receive)
                     stack.enter_context(_hook(router.register_forward_hook(hook)))
                 elif tensor == EXPERT_INDICES and experts is not None:
-                    stack.enter_context(_hook(experts.register_forward_pre_hook(_decision_hook(site, experts, receive), with_kwargs=True)))
+                    stack.enter_context(
+                        _hook(
+                            experts.register_forward_pre_hook(_decision_hook(site, experts, receive), with_kwargs=True)
+                        )
+                    )
                 elif tensor == EXPERT_OUT and experts is not None:
                     slots.append((experts, _slot_receiver(site, receive)))
                 else:

@@ -60,7 +60,10 @@ def _judge(item: Expectation, recorded: int) -> tuple[str, str | None]:
     if recorded == 0:
         return "absent", "nothing was recorded: the tap never fired; run `moescope doctor` on this model"
     if recorded < item.expected:
-        return "short", f"{item.expected - recorded:,} events are missing: the run stopped early, or a tap missed batches; record it again"
+        return (
+            "short",
+            f"{item.expected - recorded:,} events are missing: the run stopped early, or a tap missed batches; record it again",
+        )
     return "excess", f"{recorded - item.expected:,} events too many: a tap fired twice; record the run again"
 
 
@@ -82,11 +85,17 @@ def coverage_result(run: Run) -> Result:
     else:
         title = f"Everything expected was recorded: {found.num_rows} of {found.num_rows} sites are full"
     return Result(
-        title=title, table=found, n=events, n_unit="recorded events", sql=query, sql_parameters={"run": run.run_id},
+        title=title,
+        table=found,
+        n=events,
+        n_unit="recorded events",
+        sql=query,
+        sql_parameters={"run": run.run_id},
         definition="Events that the corpus must give (unmasked tokens × k at each router, tokens at each layer, …) "
         "beside the events counted in the store after the run.",
         units={"expected": "events", "recorded": "events"},
-        name="coverage", source="count of committed rows", provenance=run.provenance, incomplete=not run.complete,
+        name="coverage",
+        source="count of committed rows",
+        provenance=run.provenance,
+        incomplete=not run.complete,
     )
-
-

@@ -8,13 +8,14 @@ from datetime import UTC, datetime
 from typing import Any
 
 import duckdb
-
 from moescope.store.coverage import Expectation, settle
 from moescope.store.run import Run
 from moescope.store.store import Store
 
 
-def end_run(store: Store, run: Run, expectations: Sequence[Expectation], summary: dict[str, Any], *, failed: bool) -> None:
+def end_run(
+    store: Store, run: Run, expectations: Sequence[Expectation], summary: dict[str, Any], *, failed: bool
+) -> None:
     """Write the ledger and the status: `complete` only if the ledger is full, `failed` where recording broke.
 
     Where even that cannot be written (a full disk), the run keeps the status `running`, which the next program that

@@ -7,9 +7,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import duckdb
+from moescope.store.schema import SCHEMA_VERSION, TABLES
 
 from moescope.core.errors import StoreError
-from moescope.store.schema import SCHEMA_VERSION, TABLES
 
 _MAGIC = b"DUCK"
 _HOLDER = re.compile(r"held in (?P<program>.+?) \(PID (?P<pid>\d+)\)")
@@ -37,10 +37,14 @@ def open_connection(path: Path, *, read_only: bool) -> duckdb.DuckDBPyConnection
 
 def _check_file(path: Path, *, read_only: bool) -> None:
     if path.is_dir():
-        raise StoreError(f"{path} is a folder", expected="the path of a store's file", fix=f"for instance {path}/runs.duckdb")
+        raise StoreError(
+            f"{path} is a folder", expected="the path of a store's file", fix=f"for instance {path}/runs.duckdb"
+        )
     if not path.exists():
         if read_only:
-            raise StoreError(f"there is no store at {path}", fix="check the path, or record into it: moescope profile … --store")
+            raise StoreError(
+                f"there is no store at {path}", fix="check the path, or record into it: moescope profile … --store"
+            )
         if not path.parent.is_dir():
             raise StoreError(f"cannot make a store at {path}", found="no such folder", fix=f"mkdir -p {path.parent}")
         return
@@ -51,8 +55,10 @@ def _check_file(path: Path, *, read_only: bool) -> None:
         raise StoreError(f"cannot read {path}", found=str(refused)) from refused
     if head and head[8:12] != _MAGIC:
         raise StoreError(
-            f"{path} is not a store", expected="a DuckDB file made by moescope",
-            found="a file of another kind", fix="choose another path; the file was left as it is",
+            f"{path} is not a store",
+            expected="a DuckDB file made by moescope",
+            found="a file of another kind",
+            fix="choose another path; the file was left as it is",
         )
 
 
@@ -60,15 +66,22 @@ def _explained(path: Path, refused: duckdb.Error) -> StoreError:
     text = str(refused)
     if holder := _HOLDER.search(text):
         return StoreError(
-            f"{path} is in use", found=f"held by {holder['program']} (process {holder['pid']})",
+            f"{path} is in use",
+            found=f"held by {holder['program']} (process {holder['pid']})",
             fix="close that program, or wait until it is done: one process at a time may hold a store for writing",
         )
     if "different configuration" in text:
-        return StoreError(f"{path} is already open in this process in another mode", fix="close that Store first, or use it")
+        return StoreError(
+            f"{path} is already open in this process in another mode", fix="close that Store first, or use it"
+        )
     if "version number" in text or "newer version" in text:
-        return StoreError(f"{path} was written by another version of DuckDB", found=text, fix="upgrade duckdb and moescope")
+        return StoreError(
+            f"{path} was written by another version of DuckDB", found=text, fix="upgrade duckdb and moescope"
+        )
     if "ermission denied" in text or "ead-only file system" in text:
-        return StoreError(f"cannot write {path}", found="no permission", fix="choose another folder, or open it with read_only=True")
+        return StoreError(
+            f"cannot write {path}", found="no permission", fix="choose another folder, or open it with read_only=True"
+        )
     return StoreError(f"cannot open {path}", found=text)
 
 
@@ -81,14 +94,17 @@ def _check_contents(path: Path, connection: duckdb.DuckDBPyConnection, *, read_o
         return
     if "store_info" not in found:
         raise StoreError(
-            f"{path} belongs to another program", expected="a store made by moescope",
-            found=f"a DuckDB file with the tables {', '.join(sorted(found)[:5])}", fix="choose another path; the file was left as it is",
+            f"{path} belongs to another program",
+            expected="a store made by moescope",
+            found=f"a DuckDB file with the tables {', '.join(sorted(found)[:5])}",
+            fix="choose another path; the file was left as it is",
         )
     info = dict(connection.execute("SELECT key, value FROM store_info").fetchall())
     version = int(info.get("schema_version", "0"))
     if info.get("application") != "moescope" or version != SCHEMA_VERSION:
         raise StoreError(
-            f"{path} has schema version {version}", expected=f"version {SCHEMA_VERSION}",
+            f"{path} has schema version {version}",
+            expected=f"version {SCHEMA_VERSION}",
             found=f"a store made by {info.get('created_by', 'an unknown program')}",
             fix="install that version of moescope or a later one; the file was left as it is",
         )
@@ -101,8 +117,13 @@ def _create(connection: duckdb.DuckDBPyConnection) -> None:
     for table in TABLES:
         for statement in table.ddl():
             connection.execute(statement)
-    connection.executemany("INSERT INTO store_info VALUES (?, ?)", [
-        ["application", "moescope"], ["schema_version", str(SCHEMA_VERSION)],
-        ["created_by", f"moescope {VERSION}"], ["created_at", datetime.now(UTC).isoformat(timespec="seconds")],
-    ])
+    connection.executemany(
+        "INSERT INTO store_info VALUES (?, ?)",
+        [
+            ["application", "moescope"],
+            ["schema_version", str(SCHEMA_VERSION)],
+            ["created_by", f"moescope {VERSION}"],
+            ["created_at", datetime.now(UTC).isoformat(timespec="seconds")],
+        ],
+    )
     connection.execute("COMMIT")

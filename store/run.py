@@ -8,11 +8,11 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import duckdb
+from moescope.store.coverage import coverage_result
+from moescope.store.schema import TABLE_BY_NAME
 
 from moescope.core.errors import InputError
 from moescope.core.result import Result
-from moescope.store.coverage import coverage_result
-from moescope.store.schema import TABLE_BY_NAME
 
 if TYPE_CHECKING:
     from moescope.store.store import Store
@@ -35,10 +35,12 @@ class Run:
     @property
     def info(self) -> dict[str, Any]:
         """The run's row in `runs`, JSON columns read."""
-        found = self.store.sql("SELECT * FROM runs WHERE run_id = $run", {"run": self.run_id}).to_arrow_table().to_pylist()
+        found = (
+            self.store.sql("SELECT * FROM runs WHERE run_id = $run", {"run": self.run_id}).to_arrow_table().to_pylist()
+        )
         if not found:
             raise InputError(f"run {self.name!r} is no longer in {self.store.path}")
-        row = found[0]
+        row: dict[str, Any] = found[0]
         return row | {key: json.loads(row[key]) if row[key] else {} for key in _JSON_COLUMNS}
 
     @property
@@ -65,19 +67,34 @@ class Run:
     def provenance(self) -> Mapping[str, Any]:
         """Where a number from this run comes from: model, revision, corpus, versions, seed, status."""
         info = self.info
-        picked = ("name", "run_id", "model", "revision", "architecture", "seed", "corpus_fingerprint", "status", "started_at")
+        picked = (
+            "name",
+            "run_id",
+            "model",
+            "revision",
+            "architecture",
+            "seed",
+            "corpus_fingerprint",
+            "status",
+            "started_at",
+        )
         facts = {key: str(info[key]) for key in picked if info[key] is not None}
-        return {"run": info["name"], **facts, "versions": info["versions"], "intervention": info["intervention"] or None}
+        return {
+            "run": info["name"],
+            **facts,
+            "versions": info["versions"],
+            "intervention": info["intervention"] or None,
+        }
 
     def table(self, name: str) -> duckdb.DuckDBPyRelation:
         """One table, limited to this run, as a DuckDB relation; raises `InputError` for a name that is none."""
         self._check_table(name)
-        return self.store.sql(f'SELECT * EXCLUDE (run_id) FROM "{name}" WHERE run_id = $run', {"run": self.run_id})  # noqa: S608
+        return self.store.sql(f'SELECT * EXCLUDE (run_id) FROM "{name}" WHERE run_id = $run', {"run": self.run_id})
 
     def rows(self, table: str) -> int:
         """How many rows of `table` belong to this run."""
         self._check_table(table)
-        query = f'SELECT count(*) FROM "{table}" WHERE run_id = ?'  # noqa: S608
+        query = f'SELECT count(*) FROM "{table}" WHERE run_id = ?'
         return int(self.store.fetch(query, [self.run_id])[0][0])
 
     def sql(self, query: str, parameters: Mapping[str, Any] | None = None) -> duckdb.DuckDBPyRelation:
@@ -98,6 +115,8 @@ class Run:
 
     def _repr_html_(self) -> str:
         info = self.info
-        shown = {key: info[key] for key in ("name", "status", "model", "revision", "architecture", "started_at", "summary")}
+        shown = {
+            key: info[key] for key in ("name", "status", "model", "revision", "architecture", "started_at", "summary")
+        }
         rows = "".join(f"<tr><th>{html.escape(k)}</th><td>{html.escape(str(v))}</td></tr>" for k, v in shown.items())
         return f"<table>{rows}</table>{self.coverage._repr_html_()}"

@@ -12,10 +12,10 @@ from types import TracebackType
 from typing import Any
 
 import duckdb
-
-from moescope.core.errors import InputError, StoreError
 from moescope.store.opening import open_connection
 from moescope.store.run import Run
+
+from moescope.core.errors import InputError, StoreError
 
 
 class Store:
@@ -100,13 +100,20 @@ class Store:
             raise InputError("a run needs a name", found="an empty one")
         for status, started in self.fetch("SELECT status, started_at FROM runs WHERE name = ?", [name]):
             raise InputError(
-                f"{self.path} already has a run called {name!r}", found=f"{status}, begun {started:%Y-%m-%d %H:%M} UTC",
+                f"{self.path} already has a run called {name!r}",
+                found=f"{status}, begun {started:%Y-%m-%d %H:%M} UTC",
                 fix="choose another name (--name)",
             )
-        values = {"run_id": str(uuid.uuid4()), "name": name, "status": "running", "started_at": datetime.now(UTC).replace(tzinfo=None), **columns}
+        values = {
+            "run_id": str(uuid.uuid4()),
+            "name": name,
+            "status": "running",
+            "started_at": datetime.now(UTC).replace(tzinfo=None),
+            **columns,
+        }
         row = {k: json.dumps(v, ensure_ascii=False) if isinstance(v, (dict, list)) else v for k, v in values.items()}
         names = ", ".join(f'"{column}"' for column in row)
-        self.connection.execute(f"INSERT INTO runs ({names}) VALUES ({', '.join('?' * len(row))})", list(row.values()))  # noqa: S608
+        self.connection.execute(f"INSERT INTO runs ({names}) VALUES ({', '.join('?' * len(row))})", list(row.values()))
         return self.run(name)
 
     def add_layers(self, run: Run, rows: Sequence[Mapping[str, Any]]) -> None:
@@ -114,7 +121,9 @@ class Store:
         for row in rows:
             values = {"run_id": run.run_id, **row}
             names = ", ".join(f'"{column}"' for column in values)
-            self.connection.execute(f"INSERT INTO layers ({names}) VALUES ({', '.join('?' * len(values))})", list(values.values()))  # noqa: S608
+            self.connection.execute(
+                f"INSERT INTO layers ({names}) VALUES ({', '.join('?' * len(values))})", list(values.values())
+            )
 
     def close(self) -> None:
         """Close the file; closing twice is fine."""
@@ -123,7 +132,7 @@ class Store:
             self._connection = None
 
     def _rows(self, where: str, parameters: Mapping[str, Any]) -> list[Run]:
-        query = f"SELECT run_id, name FROM runs {where} ORDER BY started_at, name"  # noqa: S608
+        query = f"SELECT run_id, name FROM runs {where} ORDER BY started_at, name"
         return [Run(self, str(run_id), name) for run_id, name in self.fetch(query, parameters)]
 
     def __enter__(self) -> Store:

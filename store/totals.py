@@ -69,12 +69,22 @@ class ExpertPartial:
 
 def load_rows(partials: Iterable[LoadPartial], extra: dict[str, Any], *, only_used: bool) -> pa.Table | None:
     """Partials as rows of `loads` or `load_partials`; `extra` columns hold the same value in every row."""
-    return _rows(list(partials), extra, {"label": pa.string(), "phase": pa.string()}, ("tokens", "weight_sum"), only_used)
+    return _rows(
+        list(partials), extra, {"label": pa.string(), "phase": pa.string()}, ("tokens", "weight_sum"), only_used
+    )
 
 
 def expert_rows(partials: Iterable[ExpertPartial], extra: dict[str, Any], *, only_used: bool) -> pa.Table | None:
     """Partials as rows of `expert_partials`."""
-    values = ("tokens", "weight_sum", "norm_sum", "weighted_norm_sum", "max_abs_out", "max_abs_channel", "max_abs_token")
+    values = (
+        "tokens",
+        "weight_sum",
+        "norm_sum",
+        "weighted_norm_sum",
+        "max_abs_out",
+        "max_abs_channel",
+        "max_abs_token",
+    )
     return _rows(list(partials), extra, {}, values, only_used)
 
 

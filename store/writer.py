@@ -10,10 +10,10 @@ from dataclasses import dataclass, field
 
 import duckdb
 import pyarrow as pa
-
-from moescope.core.errors import MoescopeError, RunError
 from moescope.store.store import Store
 from moescope.store.totals import ExpertPartial, LoadPartial, expert_rows, load_rows
+
+from moescope.core.errors import MoescopeError, RunError
 
 CHUNK_ROWS = 245_760
 CHUNK_SECONDS = 30.0
@@ -45,7 +45,9 @@ class RunWriter:
     It blocks once a few batches wait, which bounds memory. An error on the thread is raised by the next call.
     """
 
-    def __init__(self, store: Store, run_id: str, *, chunk_rows: int = CHUNK_ROWS, chunk_seconds: float = CHUNK_SECONDS) -> None:
+    def __init__(
+        self, store: Store, run_id: str, *, chunk_rows: int = CHUNK_ROWS, chunk_seconds: float = CHUNK_SECONDS
+    ) -> None:
         self._cursor = store.cursor()
         self._run_id = run_id
         self._chunk_rows, self._chunk_seconds = chunk_rows, chunk_seconds
@@ -97,7 +99,9 @@ class RunWriter:
             self._error = error
 
     def _full(self) -> bool:
-        rows = max(sum(b.tables[name].num_rows for b in self._pending if name in b.tables) for name in self._pending[0].tables)
+        rows = max(
+            sum(b.tables[name].num_rows for b in self._pending if name in b.tables) for name in self._pending[0].tables
+        )
         return rows >= self._chunk_rows or time.monotonic() - self._since >= self._chunk_seconds
 
     def _commit(self) -> None:
@@ -108,7 +112,9 @@ class RunWriter:
             for name in dict.fromkeys(name for b in self._pending for name in b.tables):
                 self._insert(name, pa.concat_tables([b.tables[name] for b in self._pending if name in b.tables]))
             for batch in self._pending:
-                self._cursor.execute("INSERT INTO batches VALUES (?, ?, ?, ?, ?)", [self._run_id, batch.number, *batch.batch])
+                self._cursor.execute(
+                    "INSERT INTO batches VALUES (?, ?, ?, ?, ?)", [self._run_id, batch.number, *batch.batch]
+                )
                 self._write_partials(batch)
             self._write_totals()
             self._cursor.execute("COMMIT")
@@ -122,7 +128,9 @@ class RunWriter:
     def _insert(self, name: str, rows: pa.Table) -> None:
         columns = ", ".join(f'"{column}"' for column in rows.column_names)
         self._cursor.register("moescope_rows", rows)
-        self._cursor.execute(f'INSERT INTO "{name}" (run_id, {columns}) SELECT ?, {columns} FROM moescope_rows', [self._run_id])  # noqa: S608
+        self._cursor.execute(
+            f'INSERT INTO "{name}" (run_id, {columns}) SELECT ?, {columns} FROM moescope_rows', [self._run_id]
+        )
         self._cursor.unregister("moescope_rows")
 
     def _write_partials(self, batch: BatchRecords) -> None:
@@ -144,7 +152,7 @@ class RunWriter:
 
     def _write_totals(self) -> None:
         for table in ("loads", "experts"):
-            self._cursor.execute(f"DELETE FROM {table} WHERE run_id = ?", [self._run_id])  # noqa: S608
+            self._cursor.execute(f"DELETE FROM {table} WHERE run_id = ?", [self._run_id])
         if (rows := load_rows(self._loads.values(), {}, only_used=False)) is not None:
             self._insert("loads", rows)
         rows = expert_rows(self._experts.values(), {}, only_used=False)
@@ -172,8 +180,10 @@ def _explained(error: BaseException) -> MoescopeError:
     if isinstance(error, MoescopeError):
         return error
     text = str(error)
-    if isinstance(error, duckdb.Error) and ("No space left" in text or "disk" in text.lower() and "full" in text.lower()):
+    if isinstance(error, duckdb.Error) and ("No space left" in text or "disk full" in text.lower()):
         return RunError(
-            "the disk is full", found=text, fix="free some space and record the run again; chunks committed before are whole",
+            "the disk is full",
+            found=text,
+            fix="free some space and record the run again; chunks committed before are whole",
         )
     return RunError("the records could not be written", found=f"{type(error).__name__}: {text}")

@@ -21,11 +21,17 @@ class AnalysableRun(Protocol):
     """What the registry needs to know of a run; `moescope.Run` is one."""
 
     @property
-    def name(self) -> str: ...
+    def name(self) -> str:
+        """The user's name for it."""
+
     @property
-    def complete(self) -> bool: ...
+    def complete(self) -> bool:
+        """Whether its ledger is full."""
+
     @property
-    def provenance(self) -> Mapping[str, Any]: ...
+    def provenance(self) -> Mapping[str, Any]:
+        """Where a number from it comes from."""
+
     def rows(self, table: str) -> int:
         """How many rows of `table` belong to this run."""
 
@@ -49,7 +55,10 @@ class Parameter:
     def describe(self) -> str:
         """The values it takes, in words."""
         words = [
-            "none" if a is type(None) else " or ".join(map(repr, get_args(a))) if get_origin(a) is Literal
+            "none"
+            if a is type(None)
+            else " or ".join(map(repr, get_args(a)))
+            if get_origin(a) is Literal
             else {int: "a whole number", float: "a number", str: "text", bool: "true or false"}.get(a, str(a))
             for a in _alternatives(self.annotation)
         ]
@@ -83,7 +92,9 @@ class Analysis:
         """Keyword-only parameters of the function, in order."""
         hints = typing.get_type_hints(self.function)
         signature = inspect.signature(self.function).parameters.values()
-        return {p.name: Parameter(p.name, hints.get(p.name, str), p.default) for p in signature if p.kind is p.KEYWORD_ONLY}
+        return {
+            p.name: Parameter(p.name, hints.get(p.name, str), p.default) for p in signature if p.kind is p.KEYWORD_ONLY
+        }
 
     @property
     def summary(self) -> str:
@@ -106,8 +117,12 @@ class Analysis:
         result = self.function(*runs, **given)
         defaults = {name: p.default for name, p in self.parameters.items()}
         return dataclasses.replace(
-            result, name=self.name, source=self.source, parameters=defaults | given,
-            provenance=_provenance(runs), incomplete=not all(run.complete for run in runs),
+            result,
+            name=self.name,
+            source=self.source,
+            parameters=defaults | given,
+            provenance=_provenance(runs),
+            incomplete=not all(run.complete for run in runs),
         )
 
     def _check(self, run: AnalysableRun, allow_incomplete: bool) -> None:
@@ -135,15 +150,26 @@ class Analysis:
 
 # Which probe writes which table, for messages that say what to record.
 PROBE_OF_TABLE = {
-    "loads": "routing", "expert_outputs": "expert_outputs", "router_logits": "router_logits",
-    "residual_sequences": "residual", "massive_activations": "residual", "heads": "attention", "sequences": "tokens",
+    "loads": "routing",
+    "expert_outputs": "expert_outputs",
+    "router_logits": "router_logits",
+    "residual_sequences": "residual",
+    "massive_activations": "residual",
+    "heads": "attention",
+    "sequences": "tokens",
 }
 
 analyses: Registry[Analysis] = Registry("analysis", "moescope.routing")
 
 
 def analysis(
-    *, name: str, runs: int = 1, needs: tuple[str, ...] = (), source: str, section: Section | None = None, order: int = 50
+    *,
+    name: str,
+    runs: int = 1,
+    needs: tuple[str, ...] = (),
+    source: str,
+    section: Section | None = None,
+    order: int = 50,
 ) -> Callable[[Callable[..., Result]], Callable[..., Result]]:
     """Register the decorated function as an analysis; the function itself is returned as it was."""
 

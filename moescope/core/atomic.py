@@ -32,6 +32,8 @@ def written_whole(target: Path) -> Iterator[Path]:
         yield partial
         partial.replace(target)
     except PermissionError as refused:
-        raise InputError(f"cannot write {target}", found="no permission", fix="choose a folder you may write to") from refused
+        raise InputError(
+            f"cannot write {target}", found="no permission", fix="choose a folder you may write to"
+        ) from refused
     finally:
         partial.unlink(missing_ok=True)

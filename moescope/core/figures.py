@@ -24,8 +24,14 @@ def finish(figure: go.Figure, *, title: str, subtitle: str) -> go.Figure:
     figure.update_layout(
         template="plotly_white",
         colorway=list(SERIES),
-        title={"text": _wrapped(title), "subtitle": {"text": _escape(subtitle), "font": {"size": 12}},
-               "x": 0, "xref": "paper", "xanchor": "left", "font": {"size": 16}},
+        title={
+            "text": _wrapped(title),
+            "subtitle": {"text": _escape(subtitle), "font": {"size": 12}},
+            "x": 0,
+            "xref": "paper",
+            "xanchor": "left",
+            "font": {"size": 16},
+        },
         font={"family": _FONT, "size": 13},
         margin={"l": 64, "r": 24, "t": 84 + 20 * _wrapped(title).count("<br>"), "b": 56},
         hoverlabel={"font": {"family": _FONT}},
@@ -36,8 +42,14 @@ def finish(figure: go.Figure, *, title: str, subtitle: str) -> go.Figure:
 
 
 def heatmap(
-    values: NDArray[np.floating[Any]], *, x: list[str], y: list[str], hover: str, colorbar: str,
-    diverging: bool = False, customdata: NDArray[Any] | None = None,
+    values: NDArray[np.floating[Any]],
+    *,
+    x: list[str],
+    y: list[str],
+    hover: str,
+    colorbar: str,
+    diverging: bool = False,
+    customdata: NDArray[Any] | None = None,
 ) -> go.Figure:
     """A matrix in one look: limits at the 2nd and 98th percentile (symmetric where diverging), gaps left blank.
 
@@ -52,18 +64,28 @@ def heatmap(
     import plotly.graph_objects as go
 
     finite = values[np.isfinite(values)]
-    low, high = (np.percentile(finite, [2, 98]) if finite.size else (0.0, 1.0))
+    low, high = np.percentile(finite, [2, 98]) if finite.size else (0.0, 1.0)
     if diverging:
         high = max(abs(low), abs(high), 1e-9)
         low = -high
     if low == high:
         low, high = low - 0.5, high + 0.5
-    figure = go.Figure(go.Heatmap(
-        z=values, x=x, y=y, zmin=float(low), zmax=float(high), customdata=customdata,
-        colorscale=DIVERGING if diverging else SEQUENTIAL, zmid=0 if diverging else None,
-        colorbar={"title": {"text": colorbar, "side": "right"}, "thickness": 14}, hovertemplate=hover + "<extra></extra>",
-        xgap=1 if len(x) <= 64 else 0, ygap=1 if len(x) <= 64 else 0,
-    ))
+    figure = go.Figure(
+        go.Heatmap(
+            z=values,
+            x=x,
+            y=y,
+            zmin=float(low),
+            zmax=float(high),
+            customdata=customdata,
+            colorscale=DIVERGING if diverging else SEQUENTIAL,
+            zmid=0 if diverging else None,
+            colorbar={"title": {"text": colorbar, "side": "right"}, "thickness": 14},
+            hovertemplate=hover + "<extra></extra>",
+            xgap=1 if len(x) <= 64 else 0,
+            ygap=1 if len(x) <= 64 else 0,
+        )
+    )
     figure.update_xaxes(type="category", nticks=min(len(x), 32))
     figure.update_yaxes(type="category", autorange="reversed")
     figure.update_layout(height=max(260, min(560, 150 + 26 * len(y))))

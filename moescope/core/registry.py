@@ -38,7 +38,9 @@ class Registry(Generic[T]):
         """Register `item` as `name`. A name already held by another item is an error; a reload replaces its own."""
         held = self._items.get(name)
         if held is not None and _origin(held) != _origin(item):
-            raise InputError(f"the {self.kind} {name!r} is registered twice", found=f"{_origin(held)} and {_origin(item)}")
+            raise InputError(
+                f"the {self.kind} {name!r} is registered twice", found=f"{_origin(held)} and {_origin(item)}"
+            )
         self._items[name] = item
 
     def __getitem__(self, name: str) -> T:

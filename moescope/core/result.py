@@ -130,11 +130,17 @@ class Result:
         The file appears whole or not at all. Raises `InputError` for another ending or a folder that is not there.
         """
         target = Path(path)
-        writers = {".html": self._write_html, ".csv": self._write_csv, ".parquet": self._write_parquet, ".json": self._write_json}
+        writers = {
+            ".html": self._write_html,
+            ".csv": self._write_csv,
+            ".parquet": self._write_parquet,
+            ".json": self._write_json,
+        }
         if target.suffix not in writers:
             raise InputError(
                 f"a result cannot be saved as {target.suffix or 'a file without an ending'}",
-                expected=f"a path ending in {', '.join(writers)}", found=str(target),
+                expected=f"a path ending in {', '.join(writers)}",
+                found=str(target),
             )
         with written_whole(target) as partial:
             writers[target.suffix](partial)
@@ -143,11 +149,23 @@ class Result:
     def as_json(self) -> dict[str, Any]:
         """Everything but the figure, as plain JSON data."""
         return {
-            "name": self.name, "title": self.title, "definition": self.definition, "units": dict(self.units),
-            "n": self.n, "n_unit": self.n_unit, "interval": self.interval, "null": self.null, "sql": self.sql,
-            "sql_parameters": dict(self.sql_parameters), "computation": self.computation, "notes": list(self.notes),
-            "source": self.source, "parameters": dict(self.parameters), "provenance": dict(self.provenance),
-            "incomplete": self.incomplete, "table": self.table.to_pylist(),
+            "name": self.name,
+            "title": self.title,
+            "definition": self.definition,
+            "units": dict(self.units),
+            "n": self.n,
+            "n_unit": self.n_unit,
+            "interval": self.interval,
+            "null": self.null,
+            "sql": self.sql,
+            "sql_parameters": dict(self.sql_parameters),
+            "computation": self.computation,
+            "notes": list(self.notes),
+            "source": self.source,
+            "parameters": dict(self.parameters),
+            "provenance": dict(self.provenance),
+            "incomplete": self.incomplete,
+            "table": self.table.to_pylist(),
         }
 
     def _write_json(self, path: Path) -> None:
@@ -169,12 +187,19 @@ class Result:
 
     def _repr_html_(self) -> str:
         head = self.df().head(12).to_html(index=False, border=0, float_format=lambda x: f"{x:.4g}", escape=True)
-        rows = "".join(f"<tr><th style='text-align:left'>{html.escape(k)}</th><td style='text-align:left'>"
-                       f"{html.escape(v)}</td></tr>" for k, v in self.facts().items())
-        more = f"<p>{self.table.num_rows:,} rows; <code>.df()</code> has them all.</p>" if self.table.num_rows > 12 else ""
+        rows = "".join(
+            f"<tr><th style='text-align:left'>{html.escape(k)}</th><td style='text-align:left'>"
+            f"{html.escape(v)}</td></tr>"
+            for k, v in self.facts().items()
+        )
+        more = (
+            f"<p>{self.table.num_rows:,} rows; <code>.df()</code> has them all.</p>" if self.table.num_rows > 12 else ""
+        )
         hint = "<p><code>.figure()</code> draws it.</p>" if self.has_figure else ""
-        return (f"<div><h4>{html.escape(self.title)}</h4><p>{html.escape(self.subtitle())}</p>{head}{more}{hint}"
-                f"<details><summary>How to read this</summary><table>{rows}</table></details></div>")
+        return (
+            f"<div><h4>{html.escape(self.title)}</h4><p>{html.escape(self.subtitle())}</p>{head}{more}{hint}"
+            f"<details><summary>How to read this</summary><table>{rows}</table></details></div>"
+        )
 
     def __repr__(self) -> str:
         return f"Result({self.name or 'unnamed'}: {self.title!r}, {self.table.num_rows} rows, {self.subtitle()})"

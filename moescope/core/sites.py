@@ -51,7 +51,8 @@ class Site:
         match = _SITE.fullmatch(text)
         if match is None:
             raise InputError(
-                f"{text!r} is not a site", expected="blocks.{layer}.{tensor}, for instance blocks.3.mlp.hook_router_logits"
+                f"{text!r} is not a site",
+                expected="blocks.{layer}.{tensor}, for instance blocks.3.mlp.hook_router_logits",
             )
         inner = _BLOCK.fullmatch(match["rest"])
         block, tensor = (inner["block"], inner["tensor"]) if inner else ("", match["rest"])

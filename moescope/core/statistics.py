@@ -62,7 +62,8 @@ def permutation_p(observed: Floats, permuted: Floats) -> Floats:
         >>> permutation_p(np.array(3.0), np.array([1.0, 2.0, 4.0])).item()
         0.5
     """
-    return (1 + (permuted >= observed).sum(0)) / (1 + len(permuted))
+    at_least: Floats = (1.0 + (permuted >= observed).sum(0)) / (1.0 + len(permuted))
+    return at_least
 
 
 def benjamini_hochberg(p: Floats) -> Floats:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-
-from moescope.core.probe import probe
-from moescope.core.sites import EXPERT_OUT, Site
 from moescope.probes.anatomy import Anatomy, Sublayer
 from moescope.probes.probe import Arrays, HostBatch, Probe, Tensors, expectations_at
 from moescope.store.coverage import Expectation
 from moescope.store.totals import ExpertPartial
 from moescope.store.writer import BatchRecords
+
+from moescope.core.probe import probe
+from moescope.core.sites import EXPERT_OUT, Site
 
 _SLOTS = "SELECT sum(tokens) FROM experts WHERE run_id = $run AND layer = $layer AND block = $block AND expert >= 0"
 
@@ -35,12 +35,19 @@ class ExpertsProbe(Probe):
         largest = torch.full((experts + 1,), -1.0, device=out.device).scatter_reduce(0, flat, peak, "amax")
         number = torch.arange(slots, device=out.device)
         ties = torch.where(peak == largest[flat], number, slots)
-        winner = torch.full((experts + 1,), slots, device=out.device).scatter_reduce(0, flat, ties, "amin").clamp(max=slots - 1)
+        winner = (
+            torch.full((experts + 1,), slots, device=out.device)
+            .scatter_reduce(0, flat, ties, "amin")
+            .clamp(max=slots - 1)
+        )
         channel = out[winner // ids.shape[1], winner % ids.shape[1]].abs().argmax(-1)
         return {
-            "ids": ids.to(torch.int32), "weights": tensors["weights"].detach().to(torch.float32),
+            "ids": ids.to(torch.int32),
+            "weights": tensors["weights"].detach().to(torch.float32),
             "norms": torch.linalg.vector_norm(out, dim=-1, dtype=torch.float32),
-            "largest": largest[:experts], "winner": winner[:experts], "channel": channel[:experts],
+            "largest": largest[:experts],
+            "winner": winner[:experts],
+            "channel": channel[:experts],
         }
 
     def rows(self, host: HostBatch, records: BatchRecords) -> None:
@@ -64,12 +71,16 @@ class ExpertsProbe(Probe):
         tokens = np.bincount(ids, minlength=experts)
         chosen = tokens > 0
         return ExpertPartial(
-            s.layer, s.block, tokens, np.bincount(ids, weights, experts), np.bincount(ids, norms, experts),
-            np.bincount(ids, weights * norms, experts), np.where(chosen, kept["largest"], -1).astype(np.float32),
-            np.where(chosen, kept["channel"], -1), np.where(chosen, row_token[kept["winner"] // kept["ids"].shape[1]], -1),
+            s.layer,
+            s.block,
+            tokens,
+            *(np.bincount(ids, values, experts).astype(np.float64) for values in (weights, norms, weights * norms)),
+            np.where(chosen, kept["largest"], -1).astype(np.float32),
+            np.where(chosen, kept["channel"], -1),
+            np.where(chosen, row_token[kept["winner"] // kept["ids"].shape[1]], -1),
         )
 
-    def expectations(self, tokens: int, sequences: int) -> list[Expectation]:  # noqa: ARG002
+    def expectations(self, tokens: int, sequences: int) -> list[Expectation]:
         """k slots a token at every router."""
         return expectations_at(self, self.context.anatomy.moe, EXPERT_OUT, lambda s: tokens * (s.top_k or 0), _SLOTS)
 

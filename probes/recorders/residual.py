@@ -5,14 +5,14 @@ from __future__ import annotations
 import numpy as np
 import pyarrow as pa
 import torch
-
-from moescope.core.probe import probe
-from moescope.core.sites import RESID_POST, Site
 from moescope.probes.anatomy import Anatomy
 from moescope.probes.arrow_rows import triples
 from moescope.probes.probe import HostBatch, Probe, Tensors
 from moescope.store.coverage import Expectation
 from moescope.store.writer import BatchRecords
+
+from moescope.core.probe import probe
+from moescope.core.sites import RESID_POST, Site
 
 _TOKENS = "SELECT count(*) FROM residual WHERE run_id = $run AND layer = $layer"
 _SEQUENCES = "SELECT count(*) FROM residual_sequences WHERE run_id = $run AND layer = $layer"
@@ -26,13 +26,14 @@ class ResidualProbe(Probe):
         """Every block's output."""
         return [Site(layer, "", RESID_POST) for layer in range(anatomy.n_layers)]
 
-    def tap(self, site: Site, tensors: Tensors) -> Tensors:  # noqa: ARG002
+    def tap(self, site: Site, tensors: Tensors) -> Tensors:
         """Reduce [row, position, d_model] to five numbers a token and one a row."""
         stream, mask = tensors["resid"].detach(), tensors["mask"]
         channels = stream.abs().topk(min(3, stream.shape[-1]), dim=-1).indices
         return {
             "norm": torch.linalg.vector_norm(stream, dim=-1, dtype=torch.float32),
-            "channels": channels.to(torch.int32), "values": stream.gather(-1, channels).float(),
+            "channels": channels.to(torch.int32),
+            "values": stream.gather(-1, channels).float(),
             "median": median_abs(stream, mask),
         }
 
@@ -47,15 +48,26 @@ class ResidualProbe(Probe):
             norm = kept["norm"][host.mask]
             if not np.isfinite(norm).all():
                 self.context.report(site, "some activations are NaN or infinite")
-            tokens.append(pa.table({
-                "token": host.token, "layer": pa.array(np.full(len(norm), site.layer, np.uint16)), "norm": pa.array(norm, pa.float32()),
-                "top_values": triples(kept["values"][host.mask], pa.float32()),
-                "top_channels": triples(kept["channels"][host.mask].astype(np.uint16), pa.uint16()),
-            }))
-            sequences.append(pa.table({
-                "sequence_id": pa.array(ids, pa.int64()), "layer": pa.array(np.full(len(ids), site.layer, np.uint16)),
-                "median_abs": pa.array(kept["median"], pa.float32()),
-            }))
+            tokens.append(
+                pa.table(
+                    {
+                        "token": host.token,
+                        "layer": pa.array(np.full(len(norm), site.layer, np.uint16)),
+                        "norm": pa.array(norm, pa.float32()),
+                        "top_values": triples(kept["values"][host.mask], pa.float32()),
+                        "top_channels": triples(kept["channels"][host.mask].astype(np.uint16), pa.uint16()),
+                    }
+                )
+            )
+            sequences.append(
+                pa.table(
+                    {
+                        "sequence_id": pa.array(ids, pa.int64()),
+                        "layer": pa.array(np.full(len(ids), site.layer, np.uint16)),
+                        "median_abs": pa.array(kept["median"], pa.float32()),
+                    }
+                )
+            )
         if tokens:
             records.tables["residual"] = pa.concat_tables(tokens)
             records.tables["residual_sequences"] = pa.concat_tables(sequences)
@@ -93,5 +105,5 @@ def _median_abs_cpu(stream: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
 
 
 @median_abs.register_fake
-def _median_abs_fake(stream: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:  # noqa: ARG001
+def _median_abs_fake(stream: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     return stream.new_empty(stream.shape[0], dtype=torch.float32)

@@ -7,16 +7,16 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import torch
-from numpy.typing import NDArray
-
-from moescope.core.probe import probe
-from moescope.core.sites import EXPERT_INDICES, ROUTER_LOGITS, Site
 from moescope.probes.anatomy import Anatomy, Sublayer
 from moescope.probes.arrow_rows import constant, lists, slot_order
 from moescope.probes.probe import HostBatch, Probe, ProbeContext, Tensors, expectations_at
 from moescope.store.coverage import Expectation
 from moescope.store.totals import LoadPartial
 from moescope.store.writer import BatchRecords
+from numpy.typing import NDArray
+
+from moescope.core.probe import probe
+from moescope.core.sites import EXPERT_INDICES, ROUTER_LOGITS, Site
 
 _DECISIONS = "SELECT sum(len(experts)) FROM routing WHERE run_id = $run AND layer = $layer AND block = $block"
 _ENTROPIES = "SELECT count(entropy) FROM routing WHERE run_id = $run AND layer = $layer AND block = $block"
@@ -70,11 +70,19 @@ class RoutingProbe(Probe):
             if order is not None:
                 ids, weights = np.take_along_axis(ids, order, 1), np.take_along_axis(weights, order, 1)
             rows = len(ids)
-            tables.append(pa.table({
-                "token": host.token, "layer": pa.array(np.full(rows, s.layer, np.uint16)), "block": constant(s.block, rows),
-                "experts": lists(ids.astype(np.uint16), pa.uint16()), "weights": lists(weights, pa.float32()),
-                "margin": _optional(kept.get("margin"), real), "entropy": _optional(kept.get("entropy"), real),
-            }))
+            tables.append(
+                pa.table(
+                    {
+                        "token": host.token,
+                        "layer": pa.array(np.full(rows, s.layer, np.uint16)),
+                        "block": constant(s.block, rows),
+                        "experts": lists(ids.astype(np.uint16), pa.uint16()),
+                        "weights": lists(weights, pa.float32()),
+                        "margin": _optional(kept.get("margin"), real),
+                        "entropy": _optional(kept.get("entropy"), real),
+                    }
+                )
+            )
             records.loads += _loads(s, ids, weights, host)
         if tables:
             records.tables["routing"] = pa.concat_tables(tables).unify_dictionaries()
@@ -90,10 +98,11 @@ class RoutingProbe(Probe):
             self.context.report(Site(s.layer, s.block, ROUTER_LOGITS), "some router logits are NaN")
         if kept.get("are_probabilities", np.False_):
             self.context.report(
-                Site(s.layer, s.block, ROUTER_LOGITS), "every row is non-negative and sums to 1: these are probabilities, not logits"
+                Site(s.layer, s.block, ROUTER_LOGITS),
+                "every row is non-negative and sums to 1: these are probabilities, not logits",
             )
 
-    def expectations(self, tokens: int, sequences: int) -> list[Expectation]:  # noqa: ARG002
+    def expectations(self, tokens: int, sequences: int) -> list[Expectation]:
         """k decisions a token at every router, and an entropy where there are logits."""
         moe = self.context.anatomy.moe
         decisions = expectations_at(self, moe, EXPERT_INDICES, lambda s: tokens * (s.top_k or 0), _DECISIONS)

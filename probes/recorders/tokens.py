@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import numpy as np
 import pyarrow as pa
-
-from moescope.core.probe import probe
-from moescope.core.sites import Site
 from moescope.probes.anatomy import Anatomy
 from moescope.probes.arrow_rows import constant
 from moescope.probes.pieces import Pieces
 from moescope.probes.probe import HostBatch, Probe, ProbeContext, Tensors
 from moescope.store.coverage import Expectation
 from moescope.store.writer import BatchRecords
+
+from moescope.core.probe import probe
+from moescope.core.sites import Site
 
 
 @probe(name="tokens", tables=("tokens", "sequences", "vocabulary"), default=True)
@@ -23,7 +23,7 @@ class TokensProbe(Probe):
         super().__init__(context)
         self._pieces = Pieces(context.tokenizer)
 
-    def sites(self, anatomy: Anatomy) -> list[Site]:  # noqa: ARG002
+    def sites(self, anatomy: Anatomy) -> list[Site]:
         """None: NLL comes from the model's output."""
         return []
 
@@ -40,30 +40,36 @@ class TokensProbe(Probe):
         nll = host.outputs["nll"][host.mask]
         predicted = host.outputs["predicted_id"][host.mask]
         if not np.isfinite(nll[position > 0]).all():
-            self.context.report("tokens", "some negative log-likelihoods are NaN or infinite: the model's logits overflowed")
+            self.context.report(
+                "tokens", "some negative log-likelihoods are NaN or infinite: the model's logits overflowed"
+            )
         special, classes = self._pieces.describe(ids)
-        records.tables["sequences"] = pa.table({
-            "sequence_id": pa.array([s.sequence_id for s in sequences], pa.int64()),
-            "document_id": pa.array([s.document_id for s in sequences], pa.int64()),
-            "part": pa.array([s.part for s in sequences], pa.int32()),
-            "label": pa.array([s.document.label for s in sequences], pa.string()),
-            "source": pa.array([s.document.source for s in sequences], pa.string()),
-            "text": pa.array([_storable(s.text) for s in sequences], pa.string()),
-            "n_tokens": pa.array(lengths, pa.int32()),
-            "content_hash": pa.array([s.content_hash for s in sequences], pa.string()),
-            "metadata": pa.array([s.metadata_json for s in sequences], pa.string()),
-        })
-        records.tables["tokens"] = pa.table({
-            "token": host.token,
-            "sequence_id": np.repeat([s.sequence_id for s in sequences], lengths),
-            "position": pa.array(position, pa.int32()),
-            "token_id": pa.array(ids, pa.int32()),
-            "phase": constant("prefill", len(ids)),
-            "nll": pa.array(nll, pa.float32(), mask=position == 0),
-            "predicted_id": pa.array(predicted, pa.int32()),
-            "is_special": pa.array(special),
-            "class": classes,
-        })
+        records.tables["sequences"] = pa.table(
+            {
+                "sequence_id": pa.array([s.sequence_id for s in sequences], pa.int64()),
+                "document_id": pa.array([s.document_id for s in sequences], pa.int64()),
+                "part": pa.array([s.part for s in sequences], pa.int32()),
+                "label": pa.array([s.document.label for s in sequences], pa.string()),
+                "source": pa.array([s.document.source for s in sequences], pa.string()),
+                "text": pa.array([_storable(s.text) for s in sequences], pa.string()),
+                "n_tokens": pa.array(lengths, pa.int32()),
+                "content_hash": pa.array([s.content_hash for s in sequences], pa.string()),
+                "metadata": pa.array([s.metadata_json for s in sequences], pa.string()),
+            }
+        )
+        records.tables["tokens"] = pa.table(
+            {
+                "token": host.token,
+                "sequence_id": np.repeat([s.sequence_id for s in sequences], lengths),
+                "position": pa.array(position, pa.int32()),
+                "token_id": pa.array(ids, pa.int32()),
+                "phase": constant("prefill", len(ids)),
+                "nll": pa.array(nll, pa.float32(), mask=position == 0),
+                "predicted_id": pa.array(predicted, pa.int32()),
+                "is_special": pa.array(special),
+                "class": classes,
+            }
+        )
         fresh = self._pieces.unseen(np.concatenate([ids, predicted]))
         if fresh.num_rows:
             records.tables["vocabulary"] = fresh
@@ -74,7 +80,9 @@ class TokensProbe(Probe):
         return [
             Expectation("sequences", sequences, "SELECT count(*) FROM sequences WHERE run_id = $run"),
             Expectation("tokens", tokens, "SELECT count(*) FROM tokens WHERE run_id = $run"),
-            Expectation("tokens.nll", tokens - sequences, "SELECT count(nll) FROM tokens WHERE run_id = $run", problem=problem),
+            Expectation(
+                "tokens.nll", tokens - sequences, "SELECT count(nll) FROM tokens WHERE run_id = $run", problem=problem
+            ),
         ]
 
 

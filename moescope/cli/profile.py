@@ -1,0 +1,196 @@
+"""`moescope profile`: run a corpus through a model, keep what happens, write a report."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from moescope.cli.output import as_json, facts, news
+from moescope.core.errors import InputError
+
+if TYPE_CHECKING:
+    from moescope.probes.record import Recording
+    from moescope.store.run import Run
+
+Model = Annotated[str, typer.Argument(help='"demo", a Hub id, a folder, or a .gguf file.', show_default=False)]
+Data = Annotated[
+    str | None,
+    typer.Option(
+        help="Corpus: a .jsonl, .csv, .parquet or .txt file, or a folder of them.  [default: the bundled labelled corpus]",
+        show_default=False,
+    ),
+]
+StorePath = Annotated[Path, typer.Option(help="DuckDB file to record into; made where it is not there.")]
+Name = Annotated[
+    str | None, typer.Option(help="Name of the run.  [default: the model's, numbered]", show_default=False)
+]
+Report = Annotated[Path | None, typer.Option(help="Also write an HTML report here.", show_default=False)]
+Probe = Annotated[
+    str | None,
+    typer.Option(help="Probes, comma-separated.  [default: tokens,routing,experts,residual]", show_default=False),
+]
+BatchSize = Annotated[int, typer.Option(min=1, help="Sequences a forward pass.")]
+MaxLength = Annotated[int, typer.Option(min=2, help="Tokens of the longest sequence; longer documents are split.")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, …")]
+Dtype = Annotated[str, typer.Option(help="auto (as stored), float32, bfloat16 or float16.")]
+Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit on the Hub.", show_default=False)]
+Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run Python code that comes with the model.")]
+TextField = Annotated[str, typer.Option(help="Field that holds the text.")]
+LabelField = Annotated[str, typer.Option(help="Field that holds the label.")]
+SkipBad = Annotated[bool, typer.Option("--skip-bad-lines", help="Count unreadable records instead of stopping.")]
+Seed = Annotated[int, typer.Option(help="Stored with the run.")]
+TimePlain = Annotated[bool, typer.Option("--time-plain", help="Also time plain forward passes over the same batches.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Check everything and say what would be done.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+def profile(
+    model: Model,
+    data: Data = None,
+    store: StorePath = Path("runs.duckdb"),
+    name: Name = None,
+    report: Report = None,
+    probe: Probe = None,
+    batch_size: BatchSize = 8,
+    max_length: MaxLength = 512,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    revision: Revision = None,
+    trust_remote_code: Trust = False,
+    text_field: TextField = "text",
+    label_field: LabelField = "label",
+    skip_bad_lines: SkipBad = False,
+    seed: Seed = 0,
+    time_plain: TimePlain = False,
+    dry_run: DryRun = False,
+    json: Json = False,
+) -> None:
+    """Run a corpus through a model and keep what happens inside.
+
+    Example: moescope profile demo --store runs.duckdb --name base --report report.html
+    """
+    from moescope.probes.corpus import Corpus
+    from moescope.probes.loading import load
+    from moescope.probes.record import Recording, chosen_probes
+    from moescope.store.store import Store
+
+    _check_report(report)
+    corpus = Corpus.load(data or "demo", text_field=text_field, label_field=label_field, skip_bad_lines=skip_bad_lines)
+    found = corpus.facts()
+    if data is None:
+        news(f"no --data: using the bundled labelled corpus of {found.documents} documents")
+    run_name = _checked_name(store, name, model)
+    live = load(model, device=device, dtype=dtype, revision=revision, trust_remote_code=trust_remote_code)
+    names = probe.replace(" ", "").split(",") if probe else None
+    if dry_run:
+        plan = {
+            "model": repr(live),
+            "run": run_name,
+            "store": str(store),
+            "probes": ", ".join(e.name for e in chosen_probes(live, names)),
+            "corpus": corpus.name,
+            "documents": found.documents,
+            "characters": found.characters,
+            "labels": len(found.labels),
+            "skipped": found.skipped,
+        }
+        as_json(plan) if json else facts(plan)
+        return
+    with Store(store) as opened:
+        recording = Recording(
+            live,
+            corpus,
+            opened,
+            name=run_name,
+            probes=names,
+            batch_size=batch_size,
+            max_length=max_length,
+            seed=seed,
+        )
+        before = _plain_seconds(recording) if time_plain else 0.0
+        run = recording.run(progress=not json)
+        after = _plain_seconds(recording) if time_plain else 0.0
+        summary = _summary(run, (before + after) / 2 if time_plain else None)
+        if report is not None:
+            from moescope.report.write import write_report
+
+            summary["report"] = str(write_report(run, report))
+        summary["store"] = str(store)
+        as_json(summary) if json else facts(summary)
+        if not run.complete:
+            _tell_gaps(run)
+            raise typer.Exit(3)
+
+
+def _plain_seconds(recording: Recording) -> float:
+    from moescope.probes.forward import time_plain, to_device
+
+    def batches() -> Iterator[Any]:
+        return (to_device(batch, recording.model) for batch in prepared)
+
+    prepared = list(recording.plan)
+    return time_plain(recording.model, batches())
+
+
+def _summary(run: Run, plain_seconds: float | None) -> dict[str, Any]:
+    info, summary = run.info, run.info["summary"]
+    sites = run.coverage.table.column("status").to_pylist()
+    shown: dict[str, Any] = {
+        "run": run.name,
+        "status": info["status"],
+        "coverage": f"{sites.count('complete')} of {len(sites)} sites full",
+        "tokens": summary["tokens"],
+        "profile tokens/s": round(summary["tokens_per_second"]),
+    }
+    if plain_seconds is not None:
+        plain = summary["tokens"] / plain_seconds
+        shown |= {
+            "plain forward tokens/s": round(plain),
+            "profile ÷ plain": f"{summary['tokens_per_second'] / plain:.2f}",
+        }
+    if summary["split_documents"]:
+        shown["split"] = (
+            f"{summary['split_documents']} documents were longer than {info['settings']['max_length']} tokens and were split"
+        )
+    if summary["single_token_sequences"]:
+        shown["one token"] = (
+            f"{summary['single_token_sequences']} sequences have a single token, which nothing predicts: no NLL"
+        )
+    if summary["skipped_records"]:
+        shown["skipped"] = f"{summary['skipped_records']} unreadable records, the first: {summary['first_skipped']}"
+    return shown
+
+
+def _tell_gaps(run: Run) -> None:
+    for row in run.coverage.table.to_pylist():
+        if row["status"] != "complete":
+            news(f"{row['status']}: {row['site']}: {row['recorded']:,} of {row['expected']:,}: {row['detail']}")
+
+
+def _checked_name(path: Path, name: str | None, model: str) -> str:
+    """Everything about the store that can be wrong, found before the model is loaded, which can take minutes."""
+    from moescope.store.store import Store
+
+    taken: set[str] = set()
+    if path.exists():
+        with Store(path) as store:
+            taken = {run.name for run in store.runs()}
+    elif not path.parent.is_dir():
+        raise InputError(f"cannot make a store at {path}", found="no such folder", fix=f"mkdir -p {path.parent}")
+    if name in taken:
+        raise InputError(f"{path} already has a run called {name!r}", fix="choose another name (--name)")
+    stem = Path(model).stem if model.endswith(".gguf") else Path(model).name
+    numbered = (stem if n == 1 else f"{stem}-{n}" for n in range(1, len(taken) + 2))
+    return name if name is not None else next(n for n in numbered if n not in taken)
+
+
+def _check_report(report: Path | None) -> None:
+    if report is None:
+        return
+    if report.suffix != ".html":
+        raise InputError("a report is an HTML file", expected="--report with a path ending in .html", found=str(report))
+    if not report.parent.is_dir():
+        raise InputError(f"cannot write {report}", found="no such folder", fix=f"mkdir -p {report.parent}")

@@ -1,0 +1,1 @@
+"""Reports: every applicable analysis of a run in one file."""
