@@ -198,7 +198,7 @@ def recordable_classes(model: nn.Module, key: str) -> tuple[tuple[type[nn.Module
         if key in named:
             entries = named[key] if isinstance(named[key], (list, tuple)) else [named[key]]
             classes: list[Any] = [getattr(entry, "target_class", entry) for entry in entries]
-            return tuple(c for c in classes if inspect.isclass(c)), int(getattr(entries[0], "index", 0) or 0)
+            return tuple(c for c in classes if isinstance(c, type)), int(getattr(entries[0], "index", 0) or 0)
     return (), 0
 
 

@@ -9,11 +9,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-from moescope.probes.corpus import Corpus, Document
-from moescope.probes.corpus_files import BadRecord
 from numpy.typing import NDArray
 
 from moescope.core.errors import InputError
+from moescope.probes.corpus import Corpus, Document
+from moescope.probes.corpus_files import BadRecord
 
 
 @dataclass(frozen=True)

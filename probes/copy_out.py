@@ -7,8 +7,9 @@ from typing import Any, TypeVar
 
 import numpy as np
 import torch
-from moescope.probes.probe import Arrays, Tensors
 from numpy.typing import NDArray
+
+from moescope.probes.probe import Arrays, Tensors
 
 Key = TypeVar("Key")
 

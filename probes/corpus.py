@@ -8,9 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from moescope.probes.corpus_files import READERS, BadRecord, Record
-
 from moescope.core.errors import InputError
+from moescope.probes.corpus_files import READERS, BadRecord, Record
 
 
 @dataclass(frozen=True)

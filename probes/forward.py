@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 from jaxtyping import Bool, Float, Int
+
 from moescope.probes.batches import Batch
 from moescope.probes.live_model import LiveModel
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float, Int
 
 _SLICE_ELEMENTS = {"cpu": 1 << 20}
@@ -29,16 +30,22 @@ def token_nll(
     """
     rows, positions, vocabulary = logits.shape
     flat = logits.reshape(rows * positions, vocabulary)
-    following = torch.nn.functional.pad(ids[:, 1:], (0, 1)).reshape(-1, 1)
+    following = F.pad(ids[:, 1:], (0, 1)).flatten()
     losses = torch.empty(rows * positions, device=logits.device, dtype=torch.float32)
     best = torch.empty(rows * positions, device=logits.device, dtype=torch.int64)
     step = max(1, _SLICE_ELEMENTS.get(logits.device.type, _SLICE_ELEMENTS_ELSEWHERE) // vocabulary)
     for start in range(0, len(flat), step):
         part = slice(start, start + step)
         scores = flat[part].float()
-        top, best[part] = scores.max(-1)
-        total = (scores - top.unsqueeze(-1)).exp_().sum(-1)
-        losses[part] = top + total.log() - scores.gather(-1, following[part]).squeeze(-1)
+        losses[part] = F.cross_entropy(scores, following[part], reduction="none")
+        best[part] = _argmax(scores)
     shifted = torch.full((rows, positions), torch.nan, device=logits.device)
     shifted[:, 1:] = losses.reshape(rows, positions)[:, :-1]
     return shifted, best.reshape(rows, positions)
+
+
+def _argmax(scores: Float[torch.Tensor, "token vocabulary"]) -> Int[torch.Tensor, " token"]:
+    """The first largest score of each row; on a CPU by NumPy, which is some five times faster at it than torch."""
+    if scores.device.type == "cpu":
+        return torch.from_numpy(scores.numpy().argmax(-1))
+    return scores.argmax(-1)

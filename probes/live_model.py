@@ -7,8 +7,9 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from moescope.probes.anatomy import Anatomy, find_anatomy
 from torch import nn
+
+from moescope.probes.anatomy import Anatomy, find_anatomy
 
 
 class LiveModel:

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from moescope.probes.live_model import LiveModel
 from torch import nn
 
 from moescope.core.errors import InputError
+from moescope.probes.live_model import LiveModel
 
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 _SAMPLE = 1 << 20

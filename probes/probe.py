@@ -5,17 +5,18 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
+
+from moescope.core.sites import Site
 from moescope.probes.anatomy import Anatomy, Sublayer
 from moescope.probes.batches import Batch
 from moescope.store.coverage import Expectation
 from moescope.store.writer import BatchRecords
-from numpy.typing import NDArray
-
-from moescope.core.sites import Site
 
 Tensors = Mapping[str, torch.Tensor]
 Arrays = Mapping[str, NDArray[Any]]
@@ -50,13 +51,18 @@ class HostBatch:
         batch: its sequences.
         mask: [row, position] real tokens.
         kept: site → what the probe's `tap` kept there, as arrays.
-        outputs: `nll` and `predicted_id`, [row, position].
+        outputs: `nll` and `predicted_id`, [row · position].
     """
 
     batch: Batch
     mask: NDArray[np.bool_]
     kept: Mapping[Site, Arrays]
     outputs: Arrays
+
+    @cached_property
+    def real(self) -> NDArray[np.int64]:
+        """Which of the row · position places are real tokens, in order."""
+        return np.flatnonzero(self.mask)
 
     @property
     def token(self) -> NDArray[np.int64]:

@@ -9,6 +9,12 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+
+from moescope.core.errors import InputError, MoescopeError, RunError
+from moescope.core.probe import ProbeEntry
+from moescope.core.probe import probes as probe_registry
+from moescope.core.sites import EXPERT_INDICES, ROUTER_LOGITS, Site
+from moescope.core.versions import library_versions
 from moescope.probes.anatomy import Sublayer
 from moescope.probes.batches import Batch, BatchPlan
 from moescope.probes.copy_out import CopyOut
@@ -25,12 +31,6 @@ from moescope.store.ending import end_run
 from moescope.store.run import Run
 from moescope.store.store import Store
 from moescope.store.writer import BatchRecords, RunWriter
-
-from moescope.core.errors import InputError, MoescopeError, RunError
-from moescope.core.probe import ProbeEntry
-from moescope.core.probe import probes as probe_registry
-from moescope.core.sites import EXPERT_INDICES, ROUTER_LOGITS, Site
-from moescope.core.versions import library_versions
 
 _LEAST_ROOM = 64 << 20
 _RULE_ROWS = 2
@@ -175,7 +175,10 @@ class Recording:
                 logits = logits_of(self.model, on_device)
                 nll, predicted = token_nll(logits, on_device.ids)
                 del logits
-                outputs = {"outputs": {"nll": nll, "predicted_id": predicted}, "mask": {"mask": mask}}
+                outputs = {
+                    "outputs": {"nll": nll.flatten(), "predicted_id": predicted.flatten()},
+                    "mask": {"mask": mask},
+                }
                 writer.submit(self._rows_later(batch, self._copies.begin({**kept, **outputs})))
                 self.tokens, self.sequences = self.tokens + batch.tokens, self.sequences + len(batch.sequences)
                 bar.advance_to(batch.characters, self.tokens, time.perf_counter() - started)

@@ -5,16 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+
+from moescope.core.errors import RunError
+from moescope.core.probe import probes as probe_registry
+from moescope.core.sites import Site
 from moescope.probes.batches import BatchPlan
 from moescope.probes.corpus import Corpus
 from moescope.probes.forward import logits_of, to_device
 from moescope.probes.live_model import LiveModel
 from moescope.probes.probe import Probe, ProbeContext
 from moescope.probes.taps import tapped
-
-from moescope.core.errors import RunError
-from moescope.core.probe import probes as probe_registry
-from moescope.core.sites import Site
 
 
 def compare_logits(model: LiveModel, texts: Sequence[str]) -> str:

@@ -9,12 +9,12 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
-from moescope.probes.anatomy import Anatomy, Sublayer
-from moescope.probes.expert_slots import slots_tapped
 from torch import nn
 
 from moescope.core.errors import InputError
 from moescope.core.sites import EXPERT_INDICES, EXPERT_OUT, RESID_POST, ROUTER_LOGITS, Site
+from moescope.probes.anatomy import Anatomy, Sublayer
+from moescope.probes.expert_slots import slots_tapped
 
 Receive = Callable[[Site, dict[str, torch.Tensor]], None]
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 import numpy as np
 import plotly.graph_objects as go
 import pyarrow as pa
-from moescope.routing.context import around, pieces
-from moescope.routing.grid import layer_name
-from moescope.store.run import Run
 
 from moescope.core.analysis import analysis
 from moescope.core.figures import CHANCE, SERIES
 from moescope.core.result import Result
+from moescope.routing.context import around, pieces
+from moescope.routing.grid import layer_name
+from moescope.store.run import Run
 
 _SQL = """
     SELECT e.layer, e.block, e.expert, e.max_abs_out::DOUBLE AS value, e.max_abs_channel AS channel, e.max_abs_token AS token,

@@ -5,12 +5,12 @@ from __future__ import annotations
 import numpy as np
 import plotly.graph_objects as go
 import pyarrow as pa
-from moescope.routing.grid import expert_grid, layer_name
-from moescope.store.run import Run
 
 from moescope.core.analysis import analysis
 from moescope.core.figures import heatmap
 from moescope.core.result import Result
+from moescope.routing.grid import expert_grid, layer_name
+from moescope.store.run import Run
 
 _SQL = """
     SELECT

@@ -5,13 +5,13 @@ from __future__ import annotations
 import numpy as np
 import plotly.graph_objects as go
 import pyarrow as pa
-from moescope.store.run import Run
 
 from moescope.core.analysis import analysis
 from moescope.core.errors import InputError
 from moescope.core.figures import CHANCE, SERIES
 from moescope.core.result import Result
 from moescope.core.statistics import bootstrap_ratio
+from moescope.store.run import Run
 
 _SQL = """
     SELECT

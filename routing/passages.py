@@ -6,13 +6,13 @@ from typing import Any
 
 import pandas as pd
 import pyarrow as pa
-from moescope.routing.context import joined, pieces
-from moescope.routing.grid import layer_name
-from moescope.store.run import Run
 
 from moescope.core.analysis import analysis
 from moescope.core.errors import InputError
 from moescope.core.result import Result
+from moescope.routing.context import joined, pieces
+from moescope.routing.grid import layer_name
+from moescope.store.run import Run
 
 _SQL = """
     WITH windows AS (

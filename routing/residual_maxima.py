@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import plotly.graph_objects as go
 import pyarrow as pa
-from moescope.routing.context import around, pieces
-from moescope.store.run import Run
 
 from moescope.core.analysis import analysis
 from moescope.core.figures import SERIES
 from moescope.core.result import Result
+from moescope.routing.context import around, pieces
+from moescope.store.run import Run
 
 _SQL = """
     WITH ranked AS (

@@ -5,12 +5,12 @@ from __future__ import annotations
 import numpy as np
 import plotly.graph_objects as go
 import pyarrow as pa
-from moescope.routing.grid import layer_name, series_figure
-from moescope.store.run import Run
 
 from moescope.core.analysis import analysis
 from moescope.core.result import Result
 from moescope.core.statistics import bootstrap_ratio
+from moescope.routing.grid import layer_name, series_figure
+from moescope.store.run import Run
 
 _SQL = """
     SELECT

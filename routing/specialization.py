@@ -8,8 +8,6 @@ import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 import pyarrow as pa
-from moescope.routing.grid import layer_name
-from moescope.store.run import Run
 from numpy.typing import NDArray
 
 from moescope.core.analysis import analysis
@@ -17,6 +15,8 @@ from moescope.core.errors import InputError
 from moescope.core.figures import heatmap
 from moescope.core.result import Result
 from moescope.core.statistics import benjamini_hochberg, bootstrap_ratio, permutation_p
+from moescope.routing.grid import layer_name
+from moescope.store.run import Run
 
 _SQL = """
     SELECT s.document_id, any_value(s.label) AS label, d.layer, d.block, d.expert, count(*) AS tokens

@@ -8,6 +8,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 import duckdb
+
 from moescope.store.coverage import Expectation, settle
 from moescope.store.run import Run
 from moescope.store.store import Store

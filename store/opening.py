@@ -7,9 +7,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import duckdb
-from moescope.store.schema import SCHEMA_VERSION, TABLES
 
 from moescope.core.errors import StoreError
+from moescope.store.schema import SCHEMA_VERSION, TABLES
 
 _MAGIC = b"DUCK"
 _HOLDER = re.compile(r"held in (?P<program>.+?) \(PID (?P<pid>\d+)\)")

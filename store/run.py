@@ -8,11 +8,11 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import duckdb
-from moescope.store.coverage import coverage_result
-from moescope.store.schema import TABLE_BY_NAME
 
 from moescope.core.errors import InputError
 from moescope.core.result import Result
+from moescope.store.coverage import coverage_result
+from moescope.store.schema import TABLE_BY_NAME
 
 if TYPE_CHECKING:
     from moescope.store.store import Store

@@ -12,10 +12,10 @@ from types import TracebackType
 from typing import Any
 
 import duckdb
-from moescope.store.opening import open_connection
-from moescope.store.run import Run
 
 from moescope.core.errors import InputError, StoreError
+from moescope.store.opening import open_connection
+from moescope.store.run import Run
 
 
 class Store:

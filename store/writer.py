@@ -10,10 +10,10 @@ from dataclasses import dataclass, field
 
 import duckdb
 import pyarrow as pa
-from moescope.store.store import Store
-from moescope.store.totals import ExpertPartial, LoadPartial, expert_rows, load_rows
 
 from moescope.core.errors import MoescopeError, RunError
+from moescope.store.store import Store
+from moescope.store.totals import ExpertPartial, LoadPartial, expert_rows, load_rows
 
 CHUNK_ROWS = 245_760
 CHUNK_SECONDS = 30.0

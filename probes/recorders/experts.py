@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
+from numpy.typing import NDArray
+
+from moescope.core.probe import probe
+from moescope.core.sites import EXPERT_OUT, Site
 from moescope.probes.anatomy import Anatomy, Sublayer
 from moescope.probes.probe import Arrays, HostBatch, Probe, Tensors, expectations_at
 from moescope.store.coverage import Expectation
 from moescope.store.totals import ExpertPartial
 from moescope.store.writer import BatchRecords
-
-from moescope.core.probe import probe
-from moescope.core.sites import EXPERT_OUT, Site
 
 _SLOTS = "SELECT sum(tokens) FROM experts WHERE run_id = $run AND layer = $layer AND block = $block AND expert >= 0"
 
@@ -58,23 +61,24 @@ class ExpertsProbe(Probe):
                 records.experts.append(self._partial(s, site, kept, host))
 
     def _partial(self, s: Sublayer, site: Site, kept: Arrays, host: HostBatch) -> ExpertPartial:
-        real = host.mask.ravel()
         experts = s.n_experts or 0
-        ids = kept["ids"][real].ravel()
-        weights, norms = (kept[name][real].ravel().astype(np.float64) for name in ("weights", "norms"))
+        ids = kept["ids"].take(host.real, axis=0).ravel()
+        weights, norms = (kept[n].take(host.real, axis=0).ravel().astype(np.float64) for n in ("weights", "norms"))
         if not np.isfinite(norms).all():
             self.context.report(site, "some expert outputs are NaN or infinite")
         valid = (ids >= 0) & (ids < experts)
         ids, weights, norms = ids[valid], weights[valid], norms[valid]
-        row_token = np.full(len(real), -1, np.int64)
-        row_token[real] = host.token
+        row_token = np.full(host.mask.size, -1, np.int64)
+        row_token[host.real] = host.token
         tokens = np.bincount(ids, minlength=experts)
         chosen = tokens > 0
         return ExpertPartial(
             s.layer,
             s.block,
             tokens,
-            *(np.bincount(ids, values, experts).astype(np.float64) for values in (weights, norms, weights * norms)),
+            _sums(ids, weights, experts),
+            _sums(ids, norms, experts),
+            _sums(ids, weights * norms, experts),
             np.where(chosen, kept["largest"], -1).astype(np.float32),
             np.where(chosen, kept["channel"], -1),
             np.where(chosen, row_token[kept["winner"] // kept["ids"].shape[1]], -1),
@@ -86,3 +90,8 @@ class ExpertsProbe(Probe):
 
     def _sublayer(self, site: Site) -> Sublayer:
         return next(s for s in self.context.anatomy.moe if (s.layer, s.block) == (site.layer, site.block))
+
+
+def _sums(ids: NDArray[Any], values: NDArray[np.float64], experts: int) -> NDArray[np.float64]:
+    """Sum of values by expert, added in token order."""
+    return np.bincount(ids, values, experts).astype(np.float64)

@@ -5,14 +5,15 @@ from __future__ import annotations
 import numpy as np
 import pyarrow as pa
 import torch
-from moescope.probes.anatomy import Anatomy
-from moescope.probes.arrow_rows import triples
-from moescope.probes.probe import HostBatch, Probe, Tensors
-from moescope.store.coverage import Expectation
-from moescope.store.writer import BatchRecords
 
 from moescope.core.probe import probe
 from moescope.core.sites import RESID_POST, Site
+from moescope.probes.anatomy import Anatomy
+from moescope.probes.arrow_rows import triples
+from moescope.probes.probe import HostBatch, Probe, Tensors
+from moescope.probes.selection import largest_channels, median_abs
+from moescope.store.coverage import Expectation
+from moescope.store.writer import BatchRecords
 
 _TOKENS = "SELECT count(*) FROM residual WHERE run_id = $run AND layer = $layer"
 _SEQUENCES = "SELECT count(*) FROM residual_sequences WHERE run_id = $run AND layer = $layer"
@@ -29,11 +30,11 @@ class ResidualProbe(Probe):
     def tap(self, site: Site, tensors: Tensors) -> Tensors:
         """Reduce [row, position, d_model] to five numbers a token and one a row."""
         stream, mask = tensors["resid"].detach(), tensors["mask"]
-        channels = stream.abs().topk(min(3, stream.shape[-1]), dim=-1).indices
+        channels = largest_channels(stream, 3)
         return {
-            "norm": torch.linalg.vector_norm(stream, dim=-1, dtype=torch.float32),
-            "channels": channels.to(torch.int32),
-            "values": stream.gather(-1, channels).float(),
+            "norm": torch.linalg.vector_norm(stream, dim=-1, dtype=torch.float32).flatten(),
+            "channels": channels.to(torch.int32).flatten(0, 1),
+            "values": stream.gather(-1, channels).float().flatten(0, 1),
             "median": median_abs(stream, mask),
         }
 
@@ -45,7 +46,7 @@ class ResidualProbe(Probe):
             kept = host.kept.get(site)
             if kept is None:
                 continue  # the ledger finds the gap
-            norm = kept["norm"][host.mask]
+            norm = kept["norm"].take(host.real)
             if not np.isfinite(norm).all():
                 self.context.report(site, "some activations are NaN or infinite")
             tokens.append(
@@ -54,8 +55,10 @@ class ResidualProbe(Probe):
                         "token": host.token,
                         "layer": pa.array(np.full(len(norm), site.layer, np.uint16)),
                         "norm": pa.array(norm, pa.float32()),
-                        "top_values": triples(kept["values"][host.mask], pa.float32()),
-                        "top_channels": triples(kept["channels"][host.mask].astype(np.uint16), pa.uint16()),
+                        "top_values": triples(kept["values"].take(host.real, axis=0), pa.float32()),
+                        "top_channels": triples(
+                            kept["channels"].take(host.real, axis=0).astype(np.uint16), pa.uint16()
+                        ),
                     }
                 )
             )
@@ -80,30 +83,3 @@ class ResidualProbe(Probe):
             found.append(Expectation(str(site), tokens, _TOKENS, site.layer, "", problem))
             found.append(Expectation(f"{site} median", sequences, _SEQUENCES, site.layer, ""))
         return found
-
-
-@torch.library.custom_op("moescope::median_abs", mutates_args=())
-def median_abs(stream: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """Lower median of |x| over the real tokens and all channels of each row.
-
-    Takes [row, position, d_model] and the mask [row, position]; gives [row] in float32.
-    """
-    magnitudes = stream.abs().float().masked_fill(~mask.unsqueeze(-1), torch.nan)
-    return magnitudes.flatten(1).nanmedian(dim=1).values
-
-
-@median_abs.register_kernel("cpu")
-def _median_abs_cpu(stream: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """NumPy's selection is some fifteen times faster than torch's on a CPU, where reading on the host costs nothing."""
-    magnitudes = stream.abs().float().numpy()
-    medians = torch.empty(len(stream), dtype=torch.float32)
-    for row, length in enumerate(mask.sum(1).tolist()):
-        values = magnitudes[row][mask[row].numpy()].ravel() if length < mask.shape[1] else magnitudes[row].ravel()
-        middle = (len(values) - 1) // 2
-        medians[row] = float(np.partition(values, middle)[middle]) if len(values) else torch.nan
-    return medians
-
-
-@median_abs.register_fake
-def _median_abs_fake(stream: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    return stream.new_empty(stream.shape[0], dtype=torch.float32)

@@ -7,16 +7,16 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import torch
+from numpy.typing import NDArray
+
+from moescope.core.probe import probe
+from moescope.core.sites import EXPERT_INDICES, ROUTER_LOGITS, Site
 from moescope.probes.anatomy import Anatomy, Sublayer
 from moescope.probes.arrow_rows import constant, lists, slot_order
 from moescope.probes.probe import HostBatch, Probe, ProbeContext, Tensors, expectations_at
 from moescope.store.coverage import Expectation
 from moescope.store.totals import LoadPartial
 from moescope.store.writer import BatchRecords
-from numpy.typing import NDArray
-
-from moescope.core.probe import probe
-from moescope.core.sites import EXPERT_INDICES, ROUTER_LOGITS, Site
 
 _DECISIONS = "SELECT sum(len(experts)) FROM routing WHERE run_id = $run AND layer = $layer AND block = $block"
 _ENTROPIES = "SELECT count(entropy) FROM routing WHERE run_id = $run AND layer = $layer AND block = $block"
@@ -58,13 +58,12 @@ class RoutingProbe(Probe):
 
     def rows(self, host: HostBatch, records: BatchRecords) -> None:
         """Rows of `routing` and the batch's part of `loads`."""
-        real = host.mask.ravel()
         tables = []
         for s in self.context.anatomy.moe:
             kept = host.kept.get(Site(s.layer, s.block, EXPERT_INDICES))
             if kept is None:
                 continue  # the ledger finds the gap
-            ids, weights = kept["ids"][real], kept["weights"][real]
+            ids, weights = kept["ids"].take(host.real, axis=0), kept["weights"].take(host.real, axis=0)
             self._check(s, ids, weights, kept)
             order = slot_order(weights, ids)
             if order is not None:
@@ -78,8 +77,8 @@ class RoutingProbe(Probe):
                         "block": constant(s.block, rows),
                         "experts": lists(ids.astype(np.uint16), pa.uint16()),
                         "weights": lists(weights, pa.float32()),
-                        "margin": _optional(kept.get("margin"), real),
-                        "entropy": _optional(kept.get("entropy"), real),
+                        "margin": _optional(kept.get("margin"), host),
+                        "entropy": _optional(kept.get("entropy"), host),
                     }
                 )
             )
@@ -110,8 +109,10 @@ class RoutingProbe(Probe):
         return decisions + expectations_at(self, routers, ROUTER_LOGITS, lambda _: tokens, _ENTROPIES)
 
 
-def _optional(values: NDArray[Any] | None, real: NDArray[np.bool_]) -> pa.Array:
-    return pa.nulls(int(real.sum()), pa.float32()) if values is None else pa.array(values[real], pa.float32())
+def _optional(values: NDArray[Any] | None, host: HostBatch) -> pa.Array:
+    if values is None:
+        return pa.nulls(len(host.real), pa.float32())
+    return pa.array(values.take(host.real), pa.float32())
 
 
 def _loads(s: Sublayer, ids: NDArray[Any], weights: NDArray[Any], host: HostBatch) -> list[LoadPartial]:

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import numpy as np
 import pyarrow as pa
+
+from moescope.core.probe import probe
+from moescope.core.sites import Site
 from moescope.probes.anatomy import Anatomy
 from moescope.probes.arrow_rows import constant
 from moescope.probes.pieces import Pieces
 from moescope.probes.probe import HostBatch, Probe, ProbeContext, Tensors
 from moescope.store.coverage import Expectation
 from moescope.store.writer import BatchRecords
-
-from moescope.core.probe import probe
-from moescope.core.sites import Site
 
 
 @probe(name="tokens", tables=("tokens", "sequences", "vocabulary"), default=True)
@@ -37,8 +37,8 @@ class TokensProbe(Probe):
         lengths = host.batch.lengths
         ids = np.concatenate([s.token_ids for s in sequences])
         position = np.concatenate([np.arange(n) for n in lengths])
-        nll = host.outputs["nll"][host.mask]
-        predicted = host.outputs["predicted_id"][host.mask]
+        nll = host.outputs["nll"].take(host.real)
+        predicted = host.outputs["predicted_id"].take(host.real)
         if not np.isfinite(nll[position > 0]).all():
             self.context.report(
                 "tokens", "some negative log-likelihoods are NaN or infinite: the model's logits overflowed"
