@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moescope.core.errors import InputError
-from moescope.probes.corpus import Corpus, Document
+from moescope.probes.corpus import Corpus, Document, whole_characters
 from moescope.probes.corpus_files import BadRecord
 
 
@@ -43,11 +43,9 @@ class Sequence:
     @property
     def metadata_json(self) -> str | None:
         """Every other field of the document as JSON, None where there is none."""
-        return (
-            json.dumps(dict(self.document.metadata), default=str, ensure_ascii=False)
-            if self.document.metadata
-            else None
-        )
+        if not self.document.metadata:
+            return None
+        return whole_characters(json.dumps(dict(self.document.metadata), default=str, ensure_ascii=False))
 
 
 @dataclass(frozen=True)
@@ -94,6 +92,7 @@ class BatchPlan:
         tokenizer: None for a corpus of token ids.
         batch_size: sequences a batch.
         max_length: tokens of the longest sequence.
+        vocabulary: how many token ids the model has; an id beyond them is refused.
         split_documents, single_tokens: counted while walking: documents split into parts, sequences of one token.
     """
 
@@ -101,6 +100,7 @@ class BatchPlan:
     tokenizer: Any
     batch_size: int
     max_length: int
+    vocabulary: int | None = None
     split_documents: int = field(default=0, init=False)
     single_tokens: int = field(default=0, init=False)
 
@@ -127,6 +127,13 @@ class BatchPlan:
             self.split_documents += len(parts) > 1
             for part, (text, ids) in enumerate(parts):
                 self.single_tokens += len(ids) == 1
+                if self.vocabulary is not None and max(ids) >= self.vocabulary:
+                    raise InputError(
+                        f"document {document_id} has a token id that the model does not have",
+                        expected=f"ids from 0 to {self.vocabulary - 1:,}",
+                        found=f"{max(ids):,}",
+                        fix="use the tokenizer that belongs to the model",
+                    )
                 yield Sequence(sequence_id, document_id, document, part, text, np.array(ids, dtype=np.int64))
                 sequence_id += 1
             document_id += 1

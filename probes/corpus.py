@@ -184,6 +184,8 @@ class Corpus:
         ids = fields.pop("token_ids", None)
         text = fields.pop(self._text_field, None)
         label = fields.pop(self._label_field, None)
+        if ids is not None and not _are_token_ids(ids):
+            return BadRecord(record.where, "has token ids that are not a list of whole numbers from 0 up")
         if ids is not None:
             return (
                 Document("", _name(label), record.where, fields, tuple(ids))
@@ -199,14 +201,35 @@ class Corpus:
         if not text.strip("\ufeff \t\r\n"):
             return BadRecord(record.where, "has an empty text")
         source = fields.pop("source", None)
-        return Document(text, _name(label), str(source) if source is not None else record.where, fields)
+        where = whole_characters(str(source)) if source is not None else record.where
+        return Document(whole_characters(text), _name(label), where, fields)
 
     def __repr__(self) -> str:
         return f"Corpus({self.name!r})"
 
 
 def _name(label: Any) -> str | None:
-    return None if label is None else str(label)
+    return None if label is None else whole_characters(str(label))
+
+
+def _are_token_ids(ids: Any) -> bool:
+    return isinstance(ids, (list, tuple)) and all(
+        isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in ids
+    )
+
+
+def whole_characters(text: str) -> str:
+    """Text as any library takes it: pairs of surrogates are joined, lone ones become U+FFFD.
+
+    Example:
+        >>> whole_characters("a" + chr(0xD800))
+        'a\ufffd'
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return text
 
 
 def _item_records(items: Iterable[Any]) -> Iterator[Record | BadRecord]:

@@ -38,7 +38,7 @@ def read_jsonl(path: Path) -> Iterator[Record | BadRecord]:
                 fields = json.loads(line) if line else None
             except UnicodeDecodeError as wrong:
                 yield BadRecord(where, f"is not UTF-8 (byte {wrong.start} of the line)")
-            except (json.JSONDecodeError, RecursionError) as wrong:
+            except (ValueError, RecursionError) as wrong:
                 yield BadRecord(where, f"is not JSON ({wrong})")
             else:
                 if isinstance(fields, dict):

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from moescope.core.errors import InputError
 from moescope.probes.anatomy import Anatomy, find_anatomy
 
 
@@ -27,6 +28,13 @@ class LiveModel:
         self.tokenizer = tokenizer
         self.name = name
         self.revision = revision
+        output = getattr(module, "get_output_embeddings", None)
+        if output is None or output() is None:
+            raise InputError(
+                f"{type(module).__name__} gives no next-token logits",
+                expected="a causal language model with its head",
+                fix="load it with AutoModelForCausalLM, or pass its name to load",
+            )
         _ = self.anatomy  # an unknown architecture is refused now, not in the middle of a run
 
     @cached_property

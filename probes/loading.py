@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
 from moescope.core.errors import InputError
@@ -15,6 +16,7 @@ from moescope.probes.live_model import LiveModel
 
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 _SAMPLE = 1 << 20
+_EXPECTED = '"demo", a Hub id, a folder, a .gguf file or an nn.Module'
 
 
 def load(
@@ -31,9 +33,10 @@ def load(
     Args:
         model: "demo" for the bundled MoE; a Hub id; a folder with config, weights and tokenizer; a .gguf file; or a
             transformers module already in memory.
-        tokenizer: for a module: its tokenizer. Without one, only corpora of token ids can be recorded.
-        device: "auto" (CUDA where there is one), or any torch device.
-        dtype: "auto" (as stored), "float32", "bfloat16" or "float16".
+        tokenizer: to use instead of the model's own; for a module, its tokenizer. Without one, only corpora of token ids
+            can be recorded.
+        device: "auto" (CUDA where there is one; a module stays where it is), or any torch device.
+        dtype: "auto" (as stored), "float32", "bfloat16" or "float16"; a module is converted in place.
         revision: branch, tag or commit on the Hub.
         trust_remote_code: run Python code that comes with the model. Off, as it should be for models you do not know.
 
@@ -52,34 +55,52 @@ def load(
     target, kind = _device(device), _dtype(dtype)
     if isinstance(model, nn.Module):
         module = model if device == "auto" else model.to(target)
+        module = module if isinstance(kind, str) else module.to(kind)
         return LiveModel(module, tokenizer, name=type(model).__name__)
+    if not isinstance(model, (str, Path)):
+        raise InputError(f"cannot load a {type(model).__name__}", expected=_EXPECTED)
+    loaded = _named(model, device=target, dtype=kind, revision=revision, trust_remote_code=trust_remote_code)
+    if tokenizer is not None:
+        loaded.tokenizer = tokenizer
+    return loaded
+
+
+def _named(
+    model: str | Path, *, device: torch.device, dtype: torch.dtype | str, revision: str | None, trust_remote_code: bool
+) -> LiveModel:
+    """A model by its name, folder or file."""
     if str(model) == "demo":
         from moescope.probes.demo import MODEL_DIR
 
-        return _from_transformers(MODEL_DIR, name="demo", device=target, dtype=kind, revision=_digest(MODEL_DIR))
+        return _from_transformers(MODEL_DIR, name="demo", device=device, dtype=dtype, revision=_digest(MODEL_DIR))
     path = Path(model)
     if path.suffix.lower() == ".gguf":
         if not path.is_file():
             raise InputError(f"there is no file {path}", fix="check the path of the .gguf file")
         return _from_transformers(
-            path.parent, name=str(path), device=target, dtype=kind, revision=_digest(path), gguf_file=path.name
+            path.parent, name=str(path), device=device, dtype=dtype, revision=_digest(path), gguf_file=path.name
         )
     if path.is_dir():
         _check_folder(path)
         return _from_transformers(
-            path, name=str(path), device=target, dtype=kind, revision=_digest(path), trust_remote_code=trust_remote_code
+            path,
+            name=str(path),
+            device=device,
+            dtype=dtype,
+            revision=_digest(path),
+            trust_remote_code=trust_remote_code,
         )
     if path.exists() or not _HUB_ID.fullmatch(str(model)):
         raise InputError(
             f"cannot load {model}",
-            expected='"demo", a Hub id, a folder or a .gguf file',
+            expected=_EXPECTED,
             found="a file of another kind" if path.exists() else "no such path",
         )
     return _from_transformers(
         str(model),
         name=str(model),
-        device=target,
-        dtype=kind,
+        device=device,
+        dtype=dtype,
         hub_revision=revision,
         trust_remote_code=trust_remote_code,
     )
@@ -107,15 +128,24 @@ def _from_transformers(
     bars = progress.is_progress_bar_enabled()
     progress.disable_progress_bar()
     try:
-        module: Any = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **safe, **options)
-        tokenizer = AutoTokenizer.from_pretrained(source, **options)
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as refused:
+        loader: Any = AutoModelForCausalLM
+        module, info = loader.from_pretrained(source, dtype=dtype, output_loading_info=True, **safe, **options)
+        tokenizer: Any = AutoTokenizer.from_pretrained(source, **options)
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as refused:
         raise _explained(name, refused) from refused
     finally:
         if bars:
             progress.enable_progress_bar()
+    if missing := sorted(info["missing_keys"]):
+        raise InputError(
+            f"{name} lacks weights, which transformers would fill at random",
+            found=f"{len(missing)} missing, for instance {', '.join(missing[:3])}",
+            fix="download the model again, or use one whose weights match its configuration",
+        )
+    # Where there are no tokenizer files, transformers makes a tokenizer that knows only its special tokens.
+    knows_text = len(tokenizer) > len(tokenizer.all_special_ids)
     commit = getattr(module.config, "_commit_hash", None)
-    return LiveModel(module.to(device), tokenizer, name=name, revision=revision or commit)
+    return LiveModel(module.to(device), tokenizer if knows_text else None, name=name, revision=revision or commit)
 
 
 def _explained(name: str, refused: Exception) -> InputError:
@@ -131,6 +161,8 @@ def _explained(name: str, refused: Exception) -> InputError:
             found=found,
             fix="upgrade transformers, or pass an nn.Module",
         )
+    if isinstance(refused, SafetensorError):
+        return InputError(f"the weights of {name} are damaged", found=found, fix="download them again")
     if "trust_remote_code" in text:
         return InputError(
             f"{name} brings its own Python code",

@@ -13,7 +13,7 @@ import torch
 from moescope.core.errors import InputError, MoescopeError, RunError
 from moescope.core.probe import ProbeEntry
 from moescope.core.probe import probes as probe_registry
-from moescope.core.sites import EXPERT_INDICES, ROUTER_LOGITS, Site
+from moescope.core.sites import Site
 from moescope.core.versions import library_versions
 from moescope.probes.anatomy import Sublayer
 from moescope.probes.batches import Batch, BatchPlan
@@ -24,7 +24,7 @@ from moescope.probes.likelihood import token_nll
 from moescope.probes.live_model import LiveModel
 from moescope.probes.probe import HostBatch, Probe, ProbeContext
 from moescope.probes.progress import RunProgress
-from moescope.probes.routing_rule import RoutingRule, find_rule
+from moescope.probes.routing_rule import RoutingRule, find_rules
 from moescope.probes.taps import tapped
 from moescope.store.coverage import Expectation
 from moescope.store.ending import end_run
@@ -117,7 +117,7 @@ class Recording:
         self.entries = chosen_probes(model, probes)
         self.facts: CorpusFacts = corpus.facts()
         self.max_length = min(max_length, model.context or max_length)
-        self.plan = BatchPlan(corpus, model.tokenizer, batch_size, self.max_length)
+        self.plan = BatchPlan(corpus, model.tokenizer, batch_size, self.max_length, model.anatomy.vocabulary)
         self.context = ProbeContext(model.anatomy, model.tokenizer)
         self.rules = self._find_rules()
         self.context.rules = {place: rule.score for place, rule in self.rules.items() if rule.verified}
@@ -157,7 +157,12 @@ class Recording:
         kept: dict[Any, dict[str, torch.Tensor]] = {}
         mask: torch.Tensor
 
+        fired: set[Site] = set()
+
         def receive(site: Site, tensors: dict[str, torch.Tensor]) -> None:
+            if site in fired:
+                self.context.report(site, "the tap fired more than once in a forward pass, and only the last was kept")
+            fired.add(site)
             for probe in sites[site]:
                 small = probe.tap(site, {**tensors, "mask": mask})
                 if small:
@@ -170,6 +175,7 @@ class Recording:
         ):
             for batch in self.plan:
                 kept.clear()
+                fired.clear()
                 on_device = to_device(batch, self.model)
                 mask = on_device.mask
                 logits = logits_of(self.model, on_device)
@@ -252,28 +258,19 @@ class Recording:
 
     def _find_rules(self) -> dict[tuple[int, str], RoutingRule]:
         """Hold the known rules against real decisions on the first sequences of the corpus."""
-        routers = [s for s in self.model.anatomy.moe if s.router_path]
-        if not routers or not any(e.name == "routing" for e in self.entries):
+        first = next(iter(self.plan), None)
+        if first is None:
+            raise InputError(
+                f"no text of {self.corpus.name} gives a token", fix="check that the tokenizer belongs to the model"
+            )
+        if not any(entry.name == "routing" for entry in self.entries):
             return {}
-        seen: dict[Site, dict[str, torch.Tensor]] = {}
-        sites = [Site(s.layer, s.block, tensor) for s in routers for tensor in (ROUTER_LOGITS, EXPERT_INDICES)]
-        first = next(iter(self.plan))
-        few = Batch(0, first.sequences[:_RULE_ROWS], 0, 0)
-        with (
-            torch.no_grad(),
-            tapped(self.model.module, self.model.anatomy, sites, lambda site, tensors: seen.update({site: tensors})),
-        ):
-            on_device = to_device(few, self.model)
-            logits_of(self.model, on_device)
-        return {(s.layer, s.block): rule for s in routers if (rule := _rule_at(s, seen, on_device.mask.reshape(-1)))}
-
-
-def _rule_at(s: Sublayer, seen: dict[Site, dict[str, torch.Tensor]], real: torch.Tensor) -> RoutingRule | None:
-    decision, scores = seen.get(Site(s.layer, s.block, EXPERT_INDICES)), seen.get(Site(s.layer, s.block, ROUTER_LOGITS))
-    if decision is None or scores is None:
-        return None
-    logits = scores["logits"].reshape(len(real), -1)
-    return find_rule(logits[real], decision["indices"][real], decision["weights"][real])
+        try:
+            return find_rules(self.model, Batch(0, first.sequences[:_RULE_ROWS], 0, 0))
+        except MoescopeError:
+            raise
+        except Exception as failure:
+            raise _explained(failure) from failure
 
 
 def chosen_probes(model: LiveModel, names: Sequence[str] | None) -> list[ProbeEntry]:

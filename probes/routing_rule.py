@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 import torch
 from jaxtyping import Float, Int
+
+from moescope.core.sites import EXPERT_INDICES, ROUTER_LOGITS, Site
+from moescope.probes.batches import Batch
+from moescope.probes.forward import logits_of, to_device
+from moescope.probes.live_model import LiveModel
+from moescope.probes.taps import tapped
 
 Score = Literal["softmax", "sigmoid"]
 
@@ -36,7 +43,8 @@ class RoutingRule:
 
     def as_json(self) -> dict[str, Any]:
         """The rule as stored in `layers.routing_rule`."""
-        return asdict(self) | {"verified": self.verified}
+        scale = self.scale if math.isfinite(self.scale) else None
+        return asdict(self) | {"scale": scale, "verified": self.verified}
 
 
 def find_rule(
@@ -63,3 +71,27 @@ def find_rule(
             agreement = float((same_set & same_weights).float().mean())
             found.append(RoutingRule(score, renormalise, round(scale, 4), agreement, len(ids)))
     return max(found, key=lambda rule: rule.agreement)
+
+
+def find_rules(model: LiveModel, batch: Batch) -> dict[tuple[int, str], RoutingRule]:
+    """Run one batch and find the rule of every router that gives its logits: (layer, block) → rule."""
+    seen: dict[Site, dict[str, torch.Tensor]] = {}
+    routers = [s for s in model.anatomy.moe if s.router_path]
+    sites = [Site(s.layer, s.block, tensor) for s in routers for tensor in (ROUTER_LOGITS, EXPERT_INDICES)]
+    if not sites:
+        return {}
+    on_device = to_device(batch, model)
+    with (
+        torch.no_grad(),
+        tapped(model.module, model.anatomy, sites, lambda site, tensors: seen.update({site: tensors})),
+    ):
+        logits_of(model, on_device)
+    real = on_device.mask.flatten()
+    found = {}
+    for s in routers:
+        decision = seen.get(Site(s.layer, s.block, EXPERT_INDICES))
+        scores = seen.get(Site(s.layer, s.block, ROUTER_LOGITS))
+        if decision is not None and scores is not None:
+            logits = scores["logits"].reshape(len(real), -1)
+            found[s.layer, s.block] = find_rule(logits[real], decision["indices"][real], decision["weights"][real])
+    return found

@@ -34,6 +34,7 @@ _TOKENS = """
     ORDER BY document_id
 """
 _SHOWN = 32
+_LIMIT = 16.0
 
 
 @analysis(
@@ -155,7 +156,9 @@ def _title(frame: pd.DataFrame) -> str:
     found = frame[(frame["q"] < 0.05) & (frame["lift"] > 1)]
     if found.empty:
         return "No expert prefers a label beyond what shuffled labels give (q < 0.05)"
-    best = found.sort_values("lift", ascending=False).iloc[0]
+    # A rare expert reaches a high lift with a handful of tokens: name one that takes at least the mean share.
+    common = found[found["value"] >= frame["value"].mean()]
+    best = (found if common.empty else common).sort_values("lift", ascending=False).iloc[0]
     return (
         f"{len(found):,} of {len(frame):,} expert–label pairs are specialized (q < 0.05); "
         f"strongest: {layer_name(best['layer'], best['block'])}·"
@@ -175,7 +178,7 @@ def _draw(result: Result) -> go.Figure:
     for i, label in enumerate(labels):
         for j, place in enumerate(places):
             row = keyed.loc[(label, *place)]
-            lift[i, j] = np.log2(row["lift"]) if row["lift"] > 0 else np.nan
+            lift[i, j] = np.log2(np.clip(row["lift"], 1 / _LIMIT, _LIMIT))
             fields[i, j] = [row["value"], row["lift"], row["q"], row["null"]]
     figure = heatmap(
         lift,
@@ -183,7 +186,7 @@ def _draw(result: Result) -> go.Figure:
         y=labels,
         diverging=True,
         customdata=fields,
-        colorbar="log2 lift",
+        colorbar="log2 lift, cut at ±4",
         hover="%{y} → %{x}<br>%{customdata[0]:.1%} of its tokens, lift %{customdata[1]:.2f}<br>"
         "shuffled labels: %{customdata[3]:.1%}, q = %{customdata[2]:.3f}",
     )

@@ -73,7 +73,7 @@ def coverage_result(run: Run) -> Result:
         SELECT site, expected, recorded, status, detail
         FROM coverage
         WHERE run_id = $run
-        ORDER BY status = 'complete', site
+        ORDER BY status = 'complete', rowid
     """
     found = run.sql(query).to_arrow_table()
     bad = sum(status != "complete" for status in found["status"].to_pylist())

@@ -6,6 +6,8 @@ import html
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    import plotly.graph_objects as go
+
     from moescope.core.result import Result
 
 _STYLE = """
@@ -25,7 +27,7 @@ pre { background: #f8f9fa; padding: 12px; overflow: auto; white-space: pre-wrap;
 .bad { background: #fff3cd; border: 1px solid #b8860b; padding: 8px 12px; }
 details { margin: 8px 0; }
 summary { cursor: pointer; }
-.cell { unicode-bidi: isolate; overflow-wrap: anywhere; }
+.cell { unicode-bidi: isolate; overflow-wrap: break-word; }
 @media print { .scroll { max-height: none; } details { display: none; } }
 """
 
@@ -48,7 +50,7 @@ def result_section(result: Result, *, rows: int = 400) -> str:
         f"<p class='muted'>{html.escape(result.subtitle())}</p>",
     ]
     if result.has_figure:
-        parts.append(result.figure().to_html(full_html=False, include_plotlyjs=False, config={"displaylogo": False}))
+        parts.append(_untitled(result).to_html(full_html=False, include_plotlyjs=False, config={"displaylogo": False}))
     facts = "".join(f"<tr><th>{html.escape(k)}</th><td>{html.escape(v)}</td></tr>" for k, v in result.facts().items())
     parts.append(f"<table>{facts}</table>")
     shown = min(rows, result.table.num_rows)
@@ -60,6 +62,15 @@ def result_section(result: Result, *, rows: int = 400) -> str:
     if result.sql:
         parts.append(f"<details><summary>Query</summary><pre>{html.escape(result.sql.strip())}</pre></details>")
     return "".join(parts) + "</section>"
+
+
+def _untitled(result: Result) -> go.Figure:
+    """The figure without its title, which stands above it as a heading here."""
+    import plotly.graph_objects as go
+
+    figure = go.Figure(result.figure())
+    figure.update_layout(title=None, margin={"t": 24})
+    return figure
 
 
 def table(result: Result, rows: int) -> str:

@@ -51,7 +51,7 @@ class RoutingProbe(Probe):
         shares = logits.softmax(-1) if rule != "sigmoid" else scores / scores.sum(-1, keepdim=True)
         kept["entropy"] = torch.special.entr(shares).sum(-1)
         kept["are_probabilities"] = (logits >= 0).all() & ((logits.sum(-1) - 1).abs() < 1e-3).all()
-        if rule is not None:
+        if rule is not None and ids.shape[-1] < logits.shape[-1]:
             chosen = scores.gather(-1, ids).amin(-1)
             kept["margin"] = chosen - scores.scatter(-1, ids, -torch.inf).amax(-1)
         return kept

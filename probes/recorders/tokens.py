@@ -51,7 +51,7 @@ class TokensProbe(Probe):
                 "part": pa.array([s.part for s in sequences], pa.int32()),
                 "label": pa.array([s.document.label for s in sequences], pa.string()),
                 "source": pa.array([s.document.source for s in sequences], pa.string()),
-                "text": pa.array([_storable(s.text) for s in sequences], pa.string()),
+                "text": pa.array([s.text for s in sequences], pa.string()),
                 "n_tokens": pa.array(lengths, pa.int32()),
                 "content_hash": pa.array([s.content_hash for s in sequences], pa.string()),
                 "metadata": pa.array([s.metadata_json for s in sequences], pa.string()),
@@ -84,8 +84,3 @@ class TokensProbe(Probe):
                 "tokens.nll", tokens - sequences, "SELECT count(nll) FROM tokens WHERE run_id = $run", problem=problem
             ),
         ]
-
-
-def _storable(text: str) -> str:
-    """Text as DuckDB can hold it: lone surrogates become U+FFFD."""
-    return text.encode("utf-8", "replace").decode("utf-8")
