@@ -7,7 +7,7 @@ import plotly.graph_objects as go
 import pyarrow as pa
 
 from moescope.core.analysis import analysis
-from moescope.core.figures import CHANCE, SERIES
+from moescope.core.figures import CHANCE, SERIES, log_axis
 from moescope.core.result import Result
 from moescope.routing.context import around, pieces
 from moescope.routing.grid import layer_name
@@ -69,18 +69,17 @@ def _draw(result: Result) -> go.Figure:
             x=[layer_name(r.layer, r.block) for r in frame.itertuples()],
             y=frame["value"],
             mode="markers",
+            name="expert",
             marker={"color": SERIES[0], "size": 8, "opacity": 0.7},
             customdata=np.stack([frame["expert"], frame["channel"], frame["position"], frame["n"]], axis=-1),
             hovertemplate="%{x}·E%{customdata[0]}: %{y:.4g}<br>channel %{customdata[1]}, position "
             "%{customdata[2]}<br>%{customdata[3]:,} tokens<extra></extra>",
         )
     )
-    figure.add_hline(
-        y=float(frame["value"].median()), line_dash="dash", line_color=CHANCE, annotation_text="median expert"
-    )
-    figure.update_xaxes(
-        title="layer", type="category", categoryorder="array", categoryarray=[layer_name(*place) for place in order]
-    )
-    figure.update_yaxes(title="max |expert output| (log scale)", type="log")
-    figure.update_layout(height=400, showlegend=False)
+    names = [layer_name(*place) for place in order]
+    median = [float(frame["value"].median())] * len(names)
+    figure.add_scatter(x=names, y=median, mode="lines", name="median expert", line={"color": CHANCE, "dash": "dash"})
+    figure.update_xaxes(title="layer", type="category", categoryorder="array", categoryarray=names)
+    log_axis(figure, title="max |expert output| (log scale)", values=frame["value"])
+    figure.update_layout(height=400)
     return figure

@@ -56,10 +56,14 @@ def load(run: Run) -> Result:
     dead = frame[frame["tokens"] == 0]
     busiest = frame.loc[frame["share"].idxmax()]
     ratio = 2 ** busiest["value"]
+    used = (
+        f"{len(dead)} of {len(frame):,} experts are never chosen"
+        if len(dead)
+        else f"all {len(frame):,} experts are used"
+    )
     title = (
         f"{layer_name(busiest['layer'], busiest['block'])}·E{busiest['expert']} is "
-        f"the busiest expert, with {ratio:.2f}× its fair share; "
-        f"{len(dead) or 'no'} expert{'s' * (len(dead) != 1)} of {len(frame):,} never chosen"
+        f"the busiest expert, with {ratio:.2f}× its fair share; {used}"
     )
     return Result(
         title=title,

@@ -6,7 +6,7 @@ import plotly.graph_objects as go
 import pyarrow as pa
 
 from moescope.core.analysis import analysis
-from moescope.core.figures import SERIES
+from moescope.core.figures import CHANCE, SERIES, log_axis
 from moescope.core.result import Result
 from moescope.routing.context import around, pieces
 from moescope.store.run import Run
@@ -104,9 +104,9 @@ def _draw(result: Result) -> go.Figure:
         y=(1000 * first["median_abs"]).clip(lower=100),
         mode="lines",
         name="massive from here",
-        line={"color": "#868e96", "dash": "dash"},
+        line={"color": CHANCE, "dash": "dash"},
     )
     figure.update_xaxes(title="layer", dtick=max(1, len(first) // 16))
-    figure.update_yaxes(title="|x| (log scale)", type="log")
+    log_axis(figure, title="|x| (log scale)", values=[*first["value"].abs(), *first["median_abs"], 1000.0])
     figure.update_layout(height=400)
     return figure

@@ -6,7 +6,7 @@ import plotly.graph_objects as go
 import pyarrow as pa
 
 from moescope.core.analysis import analysis
-from moescope.core.figures import SERIES
+from moescope.core.figures import SERIES, log_axis
 from moescope.core.result import Result
 from moescope.store.run import Run
 
@@ -89,6 +89,6 @@ def _draw(result: Result) -> go.Figure:
             hovertemplate=f"{name} after layer %{{x}}: %{{y:,.4g}}<extra></extra>",
         )
     figure.update_xaxes(title="layer", dtick=max(1, len(frame) // 16))
-    figure.update_yaxes(title="L2 norm (log scale)", type="log")
+    log_axis(figure, title="L2 norm (log scale)", values=[*frame["p5"], *frame["largest"]])
     figure.update_layout(height=400)
     return figure

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -90,6 +91,13 @@ def heatmap(
     figure.update_yaxes(type="category", autorange="reversed")
     figure.update_layout(height=max(260, min(560, 150 + 26 * len(y))))
     return figure
+
+
+def log_axis(figure: go.Figure, *, title: str, values: Iterable[float]) -> None:
+    """A logarithmic y axis whose tick labels do not run into each other: powers of ten, with 2 and 5 where they fit."""
+    shown = [value for value in values if value > 0]
+    wide = bool(shown) and max(shown) > 50 * min(shown)
+    figure.update_yaxes(title=title, type="log", dtick=1 if wide else "D2", exponentformat="none")
 
 
 def _escape(text: str) -> str:

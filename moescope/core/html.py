@@ -69,7 +69,7 @@ def _untitled(result: Result) -> go.Figure:
     import plotly.graph_objects as go
 
     figure = go.Figure(result.figure())
-    figure.update_layout(title=None, margin={"t": 24})
+    figure.update_layout(title=None, margin={"t": 36})
     return figure
 
 
