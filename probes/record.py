@@ -237,7 +237,7 @@ class Recording:
                 "documents",
                 self.facts.documents,
                 "SELECT count(DISTINCT document_id) FROM sequences WHERE run_id = $run",
-                problem=f"recording stopped early: {stopped}" if stopped else None,
+                problem=f"recording stopped early ({stopped})" if stopped else None,
             ),
             *(e for probe in self.probes for e in probe.expectations(self.tokens, self.sequences)),
         ]

@@ -21,7 +21,7 @@ _SQL = """
         FROM tokens t
         WHERE t.run_id = $run
         GROUP BY t.sequence_id, part
-        HAVING count(*) = $length
+        HAVING count(*) = $length AND count(t.nll) > 0
     ),
     ranked AS (
         SELECT *, row_number() OVER (ORDER BY value DESC, first_token) AS worst, row_number() OVER (ORDER BY value, first_token) AS best,
@@ -35,9 +35,10 @@ _SQL = """
 """
 _IDS = "SELECT token_id FROM tokens WHERE run_id = $run AND token BETWEEN $first AND $last ORDER BY token"
 _ROUTING = """
-    SELECT layer, block, expert, count(*) / any_value(total) AS share
+    SELECT layer, block, expert, count(*) / any_value(tokens) AS share
     FROM (
-        SELECT layer, block, unnest(experts) AS expert, sum(1) OVER (PARTITION BY layer, block) AS total
+        -- The window is counted before unnest: tokens, not decisions.
+        SELECT layer, block, unnest(experts) AS expert, count(*) OVER (PARTITION BY layer, block) AS tokens
         FROM routing
         WHERE run_id = $run AND token BETWEEN $first AND $last
     )
@@ -96,8 +97,6 @@ def _row(run: Run, kind: str, window: Any, vocabulary: dict[int, bytes]) -> dict
     span = {"first": int(window.first_token), "last": int(window.last_token)}
     ids = [token_id for (token_id,) in run.sql(_IDS, span).fetchall()]
     routing = run.sql(_ROUTING, span).fetchall()
-    layers = run.store.fetch("SELECT layer, block, top_k FROM layers WHERE run_id = ?", [run.run_id])
-    top_k = {(layer, block): k for layer, block, k in layers}
     return {
         "kind": kind,
         "label": None if pd.isna(window.label) else window.label,
@@ -107,10 +106,7 @@ def _row(run: Run, kind: str, window: Any, vocabulary: dict[int, bytes]) -> dict
         "value": float(window.value),
         "n": int(window.n),
         "text": joined(ids, vocabulary),
-        "routing": "  ".join(
-            f"{layer_name(a, b)}·E{e} {min(share * (top_k.get((a, b)) or 1), 1):.0%}" for a, b, e, share in routing
-        )
-        or None,
+        "routing": "  ".join(f"{layer_name(a, b)}·E{e} {share:.0%}" for a, b, e, share in routing) or None,
     }
 
 

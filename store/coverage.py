@@ -53,16 +53,18 @@ def settle(connection: duckdb.DuckDBPyConnection, run_id: str, expectations: Seq
 
 
 def _judge(item: Expectation, recorded: int) -> tuple[str, str | None]:
-    if item.problem:
-        return "invalid", item.problem
     if recorded == item.expected:
-        return "complete", None
+        return ("invalid", item.problem) if item.problem else ("complete", None)
     if recorded == 0:
-        return "absent", "nothing was recorded: the tap never fired; run `moescope doctor` on this model"
+        return (
+            "absent",
+            item.problem or "nothing was recorded: the tap never fired; run `moescope doctor` on this model",
+        )
     if recorded < item.expected:
+        missing = f"{item.expected - recorded:,} events are missing"
         return (
             "short",
-            f"{item.expected - recorded:,} events are missing: the run stopped early, or a tap missed batches; record it again",
+            f"{missing}: {item.problem or 'the run stopped early, or a tap missed batches; record it again'}",
         )
     return "excess", f"{recorded - item.expected:,} events too many: a tap fired twice; record the run again"
 

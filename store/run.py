@@ -17,6 +17,7 @@ from moescope.store.schema import TABLE_BY_NAME
 if TYPE_CHECKING:
     from moescope.store.store import Store
 
+UNSAID_END = "the recording process ended without saying so; committed batches are whole"
 _JSON_COLUMNS = ("intervention", "settings", "versions", "summary", "anatomy")
 
 
@@ -41,7 +42,12 @@ class Run:
         if not found:
             raise InputError(f"run {self.name!r} is no longer in {self.store.path}")
         row: dict[str, Any] = found[0]
-        return row | {key: json.loads(row[key]) if row[key] else {} for key in _JSON_COLUMNS}
+        row |= {key: json.loads(row[key]) if row[key] else {} for key in _JSON_COLUMNS}
+        if self.store.read_only and row["status"] == "running":
+            # Nobody can be recording into a file that others may read: its recorder ended without saying so.
+            row["status"] = "incomplete"
+            row["summary"] = {"stopped": UNSAID_END, **row["summary"]}
+        return row
 
     @property
     def status(self) -> str:

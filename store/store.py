@@ -15,7 +15,7 @@ import duckdb
 
 from moescope.core.errors import InputError, StoreError
 from moescope.store.opening import open_connection
-from moescope.store.run import Run
+from moescope.store.run import UNSAID_END, Run
 
 
 class Store:
@@ -44,7 +44,7 @@ class Store:
             self.connection.execute(
                 "UPDATE runs SET status = 'incomplete', summary = json_merge_patch(coalesce(summary, '{}'), ?) "
                 "WHERE status = 'running'",
-                [json.dumps({"stopped": "the recording process ended without saying so; committed batches are whole"})],
+                [json.dumps({"stopped": UNSAID_END})],
             )
 
     @property
