@@ -29,13 +29,15 @@ class ProbeContext:
     Attributes:
         anatomy: of the model.
         tokenizer: of the model, None without one.
-        rules: (layer, block) → name of the verified routing rule; missing where none was verified.
+        scores: (layer, block) → how logits become scores (`softmax` or `sigmoid`), where the weights show it.
+        verified: (layer, block) of routers whose rule reproduces their decisions.
         problems: site → why its records are not to be trusted; a probe adds to it from `rows`.
     """
 
     anatomy: Anatomy
     tokenizer: Any = None
-    rules: dict[tuple[int, str], str] = field(default_factory=dict)
+    scores: dict[tuple[int, str], str] = field(default_factory=dict)
+    verified: frozenset[tuple[int, str]] = frozenset()
     problems: dict[str, str] = field(default_factory=dict)
 
     def report(self, site: Site | str, problem: str) -> None:

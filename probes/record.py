@@ -120,7 +120,8 @@ class Recording:
         self.plan = BatchPlan(corpus, model.tokenizer, batch_size, self.max_length, model.anatomy.vocabulary)
         self.context = ProbeContext(model.anatomy, model.tokenizer)
         self.rules = self._find_rules()
-        self.context.rules = {place: rule.score for place, rule in self.rules.items() if rule.verified}
+        self.context.scores = {place: rule.score for place, rule in self.rules.items() if rule.weights_fit}
+        self.context.verified = frozenset(place for place, rule in self.rules.items() if rule.verified)
         self.probes: list[Probe] = [entry.function(self.context) for entry in self.entries]
         self.tokens = self.sequences = 0
         self._copies = CopyOut()

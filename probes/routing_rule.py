@@ -27,19 +27,27 @@ class RoutingRule:
         renormalise: whether the k weights are divided by their sum.
         scale: factor on the weights.
         agreement: share of tokens for which the rule gives the set of experts and, within 1 %, the weights.
-        tokens: how many tokens that share is of.
+        weight_agreement: the share for which the weights alone follow from the scores of the chosen experts, as they do
+            where a bias or a group limit decides the choice but not the weights.
+        tokens: how many tokens these are shares of.
     """
 
     score: Score
     renormalise: bool
     scale: float
     agreement: float
+    weight_agreement: float
     tokens: int
 
     @property
     def verified(self) -> bool:
         """Whether the rule reproduces the decisions: all but one in a thousand, which leaves room for ties."""
         return self.agreement >= 0.999
+
+    @property
+    def weights_fit(self) -> bool:
+        """Whether the weights show how logits become scores, whatever decides the choice."""
+        return self.weight_agreement >= 0.999
 
     def as_json(self) -> dict[str, Any]:
         """The rule as stored in `layers.routing_rule`."""
@@ -69,8 +77,9 @@ def find_rule(
             scale = float((weights / base).median())
             same_weights = torch.isclose(base * scale, weights, rtol=1e-2, atol=1e-6).all(-1)
             agreement = float((same_set & same_weights).float().mean())
-            found.append(RoutingRule(score, renormalise, round(scale, 4), agreement, len(ids)))
-    return max(found, key=lambda rule: rule.agreement)
+            fit = float(same_weights.float().mean())
+            found.append(RoutingRule(score, renormalise, round(scale, 4), agreement, fit, len(ids)))
+    return max(found, key=lambda rule: (rule.agreement, rule.weight_agreement))
 
 
 def find_rules(model: LiveModel, batch: Batch) -> dict[tuple[int, str], RoutingRule]:

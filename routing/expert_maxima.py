@@ -6,7 +6,7 @@ import numpy as np
 import plotly.graph_objects as go
 import pyarrow as pa
 
-from moescope.core.analysis import analysis
+from moescope.core.analysis import Natural, analysis
 from moescope.core.figures import CHANCE, SERIES, log_axis
 from moescope.core.result import Result
 from moescope.routing.context import around, pieces
@@ -27,7 +27,7 @@ _SQL = """
 @analysis(
     name="expert_maxima", needs=("experts",), source="a(l,e) of arXiv 2507.23279, Eq. 6", section="experts", order=30
 )
-def expert_maxima(run: Run, *, contexts: int = 40) -> Result:
+def expert_maxima(run: Run, *, contexts: Natural = 40) -> Result:
     """Which experts put out extreme values, on which token and channel?
 
     For each expert the largest |output| (of its down projection, before the routing weight) over every token routed to it,

@@ -56,11 +56,8 @@ def load(run: Run) -> Result:
     dead = frame[frame["tokens"] == 0]
     busiest = frame.loc[frame["share"].idxmax()]
     ratio = 2 ** busiest["value"]
-    used = (
-        f"{len(dead)} of {len(frame):,} experts are never chosen"
-        if len(dead)
-        else f"all {len(frame):,} experts are used"
-    )
+    used = f"{len(dead)} of {len(frame):,} experts {'is' if len(dead) == 1 else 'are'} never chosen"
+    used = used if len(dead) else f"all {len(frame):,} experts are used"
     title = (
         f"{layer_name(busiest['layer'], busiest['block'])}·E{busiest['expert']} is "
         f"the busiest expert, with {ratio:.2f}× its fair share; {used}"

@@ -6,9 +6,9 @@ import numpy as np
 import plotly.graph_objects as go
 import pyarrow as pa
 
-from moescope.core.analysis import analysis
+from moescope.core.analysis import Count, Natural, analysis
 from moescope.core.errors import InputError
-from moescope.core.figures import CHANCE, SERIES
+from moescope.core.figures import CHANCE, SERIES, plain
 from moescope.core.result import Result
 from moescope.core.statistics import bootstrap_ratio
 from moescope.store.run import Run
@@ -29,7 +29,7 @@ _SQL = """
 
 
 @analysis(name="nll", needs=("tokens",), source="cross-entropy of the next token", section="predictions", order=10)
-def nll(run: Run, *, draws: int = 1000, seed: int = 0) -> Result:
+def nll(run: Run, *, draws: Count = 1000, seed: Natural = 0) -> Result:
     """How well does the model predict the corpus, and each label of it?
 
     The mean over predicted tokens of −ln p(token | those before it). Padding and the first token of each sequence, which
@@ -93,7 +93,7 @@ def _draw(result: Result) -> go.Figure:
     figure = go.Figure(
         go.Scatter(
             x=value,
-            y=shown["label"],
+            y=[plain(str(label)) for label in shown["label"]],
             mode="markers",
             marker={"color": SERIES[0], "size": 9},
             name="mean NLL",

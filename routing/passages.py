@@ -7,7 +7,7 @@ from typing import Any
 import pandas as pd
 import pyarrow as pa
 
-from moescope.core.analysis import analysis
+from moescope.core.analysis import Count, analysis
 from moescope.core.errors import InputError
 from moescope.core.result import Result
 from moescope.routing.context import joined, pieces
@@ -55,7 +55,7 @@ _ROUTING = """
     section="predictions",
     order=20,
 )
-def passages(run: Run, *, length: int = 32, top: int = 6) -> Result:
+def passages(run: Run, *, length: Count = 32, top: Count = 6) -> Result:
     """Which passages does the model predict worst and best, and which experts took them?
 
     Sequences are cut into windows of `length` tokens; windows are ranked by mean NLL. Beside each: for every router the expert

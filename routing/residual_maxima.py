@@ -5,7 +5,7 @@ from __future__ import annotations
 import plotly.graph_objects as go
 import pyarrow as pa
 
-from moescope.core.analysis import analysis
+from moescope.core.analysis import Count, analysis
 from moescope.core.figures import CHANCE, SERIES, log_axis
 from moescope.core.result import Result
 from moescope.routing.context import around, pieces
@@ -35,7 +35,7 @@ _SQL = """
     section="residual",
     order=20,
 )
-def residual_maxima(run: Run, *, top: int = 3) -> Result:
+def residual_maxima(run: Run, *, top: Count = 3) -> Result:
     """Where are the largest residual activations, and are they massive?
 
     The tokens with the largest |x| at each block's output, with channel and the ratio to the median |x| of their sequence at

@@ -6,7 +6,7 @@ import numpy as np
 import plotly.graph_objects as go
 import pyarrow as pa
 
-from moescope.core.analysis import analysis
+from moescope.core.analysis import Count, Natural, analysis
 from moescope.core.result import Result
 from moescope.core.statistics import bootstrap_ratio
 from moescope.routing.grid import layer_name, series_figure
@@ -38,7 +38,7 @@ _SQL = """
     section="routing",
     order=10,
 )
-def router_entropy(run: Run, *, draws: int = 1000, seed: int = 0) -> Result:
+def router_entropy(run: Run, *, draws: Count = 1000, seed: Natural = 0) -> Result:
     """How undecided is each router, from 0 (one expert certain) to ln E (all alike)?
 
     The mean over tokens of the entropy of the router's distribution over all its experts, in nats.

@@ -10,9 +10,9 @@ import plotly.graph_objects as go
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from moescope.core.analysis import analysis
+from moescope.core.analysis import Count, Natural, analysis
 from moescope.core.errors import InputError
-from moescope.core.figures import heatmap
+from moescope.core.figures import heatmap, plain
 from moescope.core.result import Result
 from moescope.core.statistics import benjamini_hochberg, bootstrap_ratio, permutation_p
 from moescope.routing.grid import layer_name
@@ -44,7 +44,7 @@ _LIMIT = 16.0
     section="experts",
     order=20,
 )
-def specialization(run: Run, *, permutations: int = 200, draws: int = 1000, seed: int = 0) -> Result:
+def specialization(run: Run, *, permutations: Count = 200, draws: Count = 1000, seed: Natural = 0) -> Result:
     """Which experts prefer which label, beyond what shuffled labels give?
 
     For every expert and label: the share of the label's tokens that choose the expert (`value`), and `lift`, that share over
@@ -183,7 +183,7 @@ def _draw(result: Result) -> go.Figure:
     figure = heatmap(
         lift,
         x=[f"{layer_name(a, b)}·E{e}" for a, b, e in places],
-        y=labels,
+        y=[plain(str(label)) for label in labels],
         diverging=True,
         customdata=fields,
         colorbar="log2 lift, cut at ±4",

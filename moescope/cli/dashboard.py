@@ -13,7 +13,7 @@ from moescope.core.errors import InputError
 
 def dashboard(
     store: Annotated[Path, typer.Argument(help="The store.")] = Path("runs.duckdb"),
-    port: Annotated[int, typer.Option(min=1, max=65535, help="Port on 127.0.0.1.")] = 8050,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port on 127.0.0.1; 0 takes any free one.")] = 8050,
 ) -> None:
     """Open a store in the browser, on this machine only. Ctrl-C stops it.
 
@@ -26,8 +26,11 @@ def dashboard(
             "the dashboard is not installed", found=str(missing), fix="pip install 'moescope[dashboard]'"
         ) from missing
 
-    def tell(url: str) -> None:
+    def tell(url: str, _server: object) -> None:
         typer.echo(url)
         news(f"the dashboard of {store} is open at {url}; Ctrl-C stops it")
 
-    serve(store, port=port, ready=tell)
+    try:
+        serve(store, port=port, ready=tell)
+    except KeyboardInterrupt:
+        news("stopped")

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import typer
 
+from moescope.core.json_data import to_json
+
 
 def as_json(data: Any) -> None:
     """Print data as JSON to stdout."""
-    typer.echo(json.dumps(data, indent=1, default=str, ensure_ascii=False))
+    typer.echo(to_json(data, indent=1))
 
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:

@@ -192,5 +192,7 @@ def _check_report(report: Path | None) -> None:
         return
     if report.suffix != ".html":
         raise InputError("a report is an HTML file", expected="--report with a path ending in .html", found=str(report))
+    if report.is_dir():
+        raise InputError(f"cannot write {report}", found="a folder of that name", fix="choose another name")
     if not report.parent.is_dir():
         raise InputError(f"cannot write {report}", found="no such folder", fix=f"mkdir -p {report.parent}")

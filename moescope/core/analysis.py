@@ -8,7 +8,7 @@ import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol, get_args, get_origin
+from typing import Annotated, Any, Literal, Protocol, get_args, get_origin
 
 from moescope.core.errors import IncompleteError, InputError
 from moescope.core.registry import Registry
@@ -37,19 +37,34 @@ class AnalysableRun(Protocol):
 
 
 @dataclass(frozen=True)
+class AtLeast:
+    """The smallest value a parameter may take, for `Annotated`."""
+
+    value: int
+
+
+Count = Annotated[int, AtLeast(1)]
+Natural = Annotated[int, AtLeast(0)]
+
+
+@dataclass(frozen=True)
 class Parameter:
-    """One parameter of an analysis: its name, its type as annotated, its default."""
+    """One parameter of an analysis: its name, its type as annotated, its default, the smallest value it may take."""
 
     name: str
     annotation: Any
     default: Any
+    minimum: int | None = None
 
     def parse(self, value: Any) -> Any:
         """Check a value, converting text from the command line; raises `InputError` naming what is expected."""
         for candidate in _alternatives(self.annotation):
             converted = _convert(value, candidate)
-            if converted is not _MISFIT:
-                return converted
+            if converted is _MISFIT or (
+                self.minimum is not None and converted is not None and converted < self.minimum
+            ):
+                continue
+            return converted
         raise InputError(f"parameter {self.name!r} cannot be {value!r}", expected=self.describe())
 
     def describe(self) -> str:
@@ -62,7 +77,8 @@ class Parameter:
             else {int: "a whole number", float: "a number", str: "text", bool: "true or false"}.get(a, str(a))
             for a in _alternatives(self.annotation)
         ]
-        return " or ".join(words)
+        least = "" if self.minimum is None else f", at least {self.minimum}"
+        return " or ".join(words) + least
 
 
 @dataclass(frozen=True)
@@ -90,11 +106,9 @@ class Analysis:
     @property
     def parameters(self) -> dict[str, Parameter]:
         """Keyword-only parameters of the function, in order."""
-        hints = typing.get_type_hints(self.function)
+        hints = typing.get_type_hints(self.function, include_extras=True)
         signature = inspect.signature(self.function).parameters.values()
-        return {
-            p.name: Parameter(p.name, hints.get(p.name, str), p.default) for p in signature if p.kind is p.KEYWORD_ONLY
-        }
+        return {p.name: _parameter(p, hints[p.name]) for p in signature if p.kind is p.KEYWORD_ONLY}
 
     @property
     def summary(self) -> str:
@@ -183,26 +197,41 @@ def analysis(
 _MISFIT = object()
 
 
+def _parameter(declared: inspect.Parameter, hint: Any) -> Parameter:
+    base, *extras = get_args(hint) if get_origin(hint) is Annotated else (hint,)
+    minimum = next((extra.value for extra in extras if isinstance(extra, AtLeast)), None)
+    return Parameter(declared.name, base, declared.default, minimum)
+
+
 def _alternatives(annotation: Any) -> tuple[Any, ...]:
     return get_args(annotation) if get_origin(annotation) in (types.UnionType, typing.Union) else (annotation,)
 
 
-def _convert(value: Any, kind: Any) -> Any:  # noqa: PLR0911  one line a kind reads best
+def _convert(value: Any, kind: Any) -> Any:
+    """`value` as `kind`, read from text where it is text; `_MISFIT` where it is none."""
     if get_origin(kind) is Literal:
-        return next((choice for choice in get_args(kind) if value == choice or str(choice) == value), _MISFIT)
+        same = (
+            choice
+            for choice in get_args(kind)
+            if (type(value) is type(choice) and value == choice) or str(choice) == value
+        )
+        return next(same, _MISFIT)
     if kind is type(None):
         return None if value is None or value == "none" else _MISFIT
     if kind is bool:
         return {"true": True, "false": False}.get(str(value).lower(), _MISFIT)
-    if isinstance(value, bool):
+    if kind in (int, float) and not isinstance(value, bool):
+        return _number(value, kind)
+    return value if kind is Any or (isinstance(value, kind) and not isinstance(value, bool)) else _MISFIT
+
+
+def _number(value: Any, kind: type[int] | type[float]) -> Any:
+    if kind is int and isinstance(value, float) and not value.is_integer():
         return _MISFIT
-    if kind in (int, float):
-        try:
-            number = float(value)
-        except (TypeError, ValueError):
-            return _MISFIT
-        return _MISFIT if kind is int and number != int(number) else kind(number)
-    return value if kind is Any or isinstance(value, kind) else _MISFIT
+    try:
+        return kind(value)
+    except (TypeError, ValueError, OverflowError):
+        return _MISFIT
 
 
 def _provenance(runs: Sequence[AnalysableRun]) -> dict[str, Any]:

@@ -27,6 +27,8 @@ def written_whole(target: Path) -> Iterator[Path]:
     """
     if not target.parent.is_dir():
         raise InputError(f"cannot write {target}", found="no such folder", fix=f"mkdir -p {target.parent}")
+    if target.is_dir():
+        raise InputError(f"cannot write {target}", found="a folder of that name", fix="choose another name")
     partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
     try:
         yield partial

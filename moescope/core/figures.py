@@ -27,7 +27,7 @@ def finish(figure: go.Figure, *, title: str, subtitle: str) -> go.Figure:
         colorway=list(SERIES),
         title={
             "text": _wrapped(title),
-            "subtitle": {"text": _escape(subtitle), "font": {"size": 12}},
+            "subtitle": {"text": plain(subtitle), "font": {"size": 12}},
             "x": 0,
             "xref": "paper",
             "xanchor": "left",
@@ -100,7 +100,16 @@ def log_axis(figure: go.Figure, *, title: str, values: Iterable[float]) -> None:
     figure.update_yaxes(title=title, type="log", dtick=1 if wide else "D2", exponentformat="none")
 
 
-def _escape(text: str) -> str:
+_STEERING = dict.fromkeys((*range(8234, 8239), *range(8294, 8298)), "�")
+_STEERING |= dict.fromkeys((10, 13, 8232, 8233), " ")
+
+
+def plain(text: str) -> str:
+    """Text from outside as Plotly shows it letter by letter: its labels and titles are a kind of HTML otherwise.
+
+    Characters that turn the direction of writing become U+FFFD, line breaks become spaces.
+    """
+    text = text.translate(_STEERING)
     return text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
 
 
@@ -113,4 +122,4 @@ def _wrapped(text: str, width: int = 92) -> str:
             line = word
         else:
             line = f"{line} {word}".strip()
-    return "<br>".join(_escape(part) for part in [*lines, line])
+    return "<br>".join(plain(part) for part in [*lines, line])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import html
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from moescope.core.atomic import written_whole
 from moescope.core.errors import InputError
+from moescope.core.json_data import to_json
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -169,7 +169,7 @@ class Result:
         }
 
     def _write_json(self, path: Path) -> None:
-        path.write_text(json.dumps(self.as_json(), indent=1, default=str, ensure_ascii=False), encoding="utf-8")
+        path.write_text(to_json(self.as_json(), indent=1), encoding="utf-8")
 
     def _write_csv(self, path: Path) -> None:
         self.df().to_csv(path, index=False)

@@ -5,6 +5,7 @@ Documents are the unit of resampling everywhere: tokens and fragments of one tex
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import numpy as np
@@ -40,15 +41,23 @@ def bootstrap_ratio(
         1.0
     """
     denominator = np.broadcast_to(denominator, numerator.shape)
-    with np.errstate(invalid="ignore", divide="ignore"):
-        estimate = numerator.sum(0) / denominator.sum(0)
-        if len(numerator) < 2:
-            return estimate, np.full_like(estimate, np.nan), np.full_like(estimate, np.nan)
-        weights = document_weights(len(numerator), draws=draws, seed=seed).astype(np.float64)
-        resampled = np.tensordot(weights, numerator, axes=1) / np.tensordot(weights, denominator, axes=1)
+    estimate = _ratio(numerator.sum(0), denominator.sum(0))
+    if len(numerator) < 2:
+        return estimate, np.full_like(estimate, np.nan), np.full_like(estimate, np.nan)
+    weights = document_weights(len(numerator), draws=draws, seed=seed).astype(np.float64)
+    resampled = _ratio(np.tensordot(weights, numerator, axes=1), np.tensordot(weights, denominator, axes=1))
     tail = (1 - level) / 2
-    low, high = np.nanquantile(resampled, [tail, 1 - tail], axis=0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # a column without any ratio has no quantile: NaN
+        low, high = np.nanquantile(resampled, [tail, 1 - tail], axis=0)
     return estimate, low, high
+
+
+def _ratio(numerator: Floats, denominator: Floats) -> Floats:
+    """Numerator over denominator, NaN where that is 0."""
+    missing = np.full(np.shape(numerator), np.nan)
+    ratio: Floats = np.divide(numerator, denominator, out=missing, where=np.asarray(denominator) != 0)
+    return ratio
 
 
 def permutation_p(observed: Floats, permuted: Floats) -> Floats:

@@ -33,7 +33,8 @@ class ExpertsProbe(Probe):
         experts = self._sublayer(site).n_experts or 0
         slots = ids.numel()
         # Ids that are no expert go to a bucket of their own, so that a wrong id cannot end the run; padding never wins.
-        flat = ids.reshape(-1).clamp(0, experts)
+        flat = ids.reshape(-1)
+        flat = torch.where((flat < 0) | (flat >= experts), experts, flat)
         peak = torch.where(mask.reshape(-1, 1), out.abs().amax(-1).float(), -1.0).reshape(-1)
         largest = torch.full((experts + 1,), -1.0, device=out.device).scatter_reduce(0, flat, peak, "amax")
         number = torch.arange(slots, device=out.device)
@@ -45,8 +46,8 @@ class ExpertsProbe(Probe):
         )
         channel = out[winner // ids.shape[1], winner % ids.shape[1]].abs().argmax(-1)
         return {
-            "ids": ids.to(torch.int32),
-            "weights": tensors["weights"].detach().to(torch.float32),
+            "ids": ids.to(torch.int32, copy=True),
+            "weights": tensors["weights"].detach().to(torch.float32, copy=True),
             "norms": torch.linalg.vector_norm(out, dim=-1, dtype=torch.float32),
             "largest": largest[:experts],
             "winner": winner[:experts],

@@ -41,17 +41,22 @@ class RoutingProbe(Probe):
             self._logits[site.layer, site.block] = tensors["logits"]
             return {}
         ids = tensors["indices"]
-        kept = {"ids": ids.to(torch.int32), "weights": tensors["weights"].to(torch.float32)}
+        # Copies: a model may write over its own tensors before these reach the host.
+        kept = {
+            "ids": ids.to(torch.int32, copy=True),
+            "weights": tensors["weights"].detach().to(torch.float32, copy=True),
+        }
         logits = self._logits.pop((site.layer, site.block), None)
         if logits is None:
             return kept
         logits = logits.detach().reshape(len(ids), -1).float()
-        rule = self.context.rules.get((site.layer, site.block))
-        scores = logits.sigmoid() if rule == "sigmoid" else logits
-        shares = logits.softmax(-1) if rule != "sigmoid" else scores / scores.sum(-1, keepdim=True)
+        place = (site.layer, site.block)
+        score = self.context.scores.get(place, "softmax")
+        scores = logits.sigmoid() if score == "sigmoid" else logits
+        shares = scores / scores.sum(-1, keepdim=True) if score == "sigmoid" else logits.softmax(-1)
         kept["entropy"] = torch.special.entr(shares).sum(-1)
         kept["are_probabilities"] = (logits >= 0).all() & ((logits.sum(-1) - 1).abs() < 1e-3).all()
-        if rule is not None and ids.shape[-1] < logits.shape[-1]:
+        if place in self.context.verified and ids.shape[-1] < logits.shape[-1]:
             chosen = scores.gather(-1, ids).amin(-1)
             kept["margin"] = chosen - scores.scatter(-1, ids, -torch.inf).amax(-1)
         return kept
