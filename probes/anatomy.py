@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import html
 import inspect
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -11,6 +10,7 @@ from typing import Any, Literal
 from torch import nn
 
 from moescope.core.errors import InputError
+from moescope.core.text import escaped
 
 Kind = Literal["moe", "dense", "attention", "ssm"]
 
@@ -117,9 +117,9 @@ class Anatomy:
 
     def _repr_html_(self) -> str:
         head, *body = self._cells()
-        header = "".join(f"<th>{html.escape(c.strip())}</th>" for c in head)
-        rows = "".join("<tr>" + "".join(f"<td>{html.escape(c.strip())}</td>" for c in row) + "</tr>" for row in body)
-        return f"<div><p>{html.escape(str(self).split(chr(10), 1)[0])}</p><table><tr>{header}</tr>{rows}</table></div>"
+        header = "".join(f"<th>{escaped(c.strip())}</th>" for c in head)
+        rows = "".join("<tr>" + "".join(f"<td>{escaped(c.strip())}</td>" for c in row) + "</tr>" for row in body)
+        return f"<div><p>{escaped(str(self).split(chr(10), 1)[0])}</p><table><tr>{header}</tr>{rows}</table></div>"
 
     def _cells(self) -> Iterator[tuple[str, ...]]:
         """Rows for reading: runs of equal layers on one line."""

@@ -12,7 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moescope.core.errors import InputError
-from moescope.probes.corpus import Corpus, Document, whole_characters
+from moescope.core.text import whole_characters
+from moescope.probes.corpus import Corpus, Document
 from moescope.probes.corpus_files import BadRecord
 
 
@@ -153,6 +154,11 @@ class BatchPlan:
         ids = list(encoded["input_ids"])
         before, after = self._special_ids
         room = self.max_length - len(before) - len(after)
+        if room < 1:
+            raise InputError(
+                f"a max_length of {self.max_length} leaves no room beside the tokenizer's {len(before) + len(after)} special tokens",
+                fix="raise max_length (--max-length)",
+            )
         if len(ids) <= room:
             if whole := [*before, *ids, *after]:
                 yield document.text, whole

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from moescope.core.errors import InputError
+from moescope.core.text import whole_characters
 from moescope.probes.corpus_files import READERS, BadRecord, Record
 
 
@@ -216,20 +217,6 @@ def _are_token_ids(ids: Any) -> bool:
     return isinstance(ids, (list, tuple)) and all(
         isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in ids
     )
-
-
-def whole_characters(text: str) -> str:
-    """Text as any library takes it: pairs of surrogates are joined, lone ones become U+FFFD.
-
-    Example:
-        >>> whole_characters("a" + chr(0xD800))
-        'a\ufffd'
-    """
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-    return text
 
 
 def _item_records(items: Iterable[Any]) -> Iterator[Record | BadRecord]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import html
 from functools import cached_property
 from typing import Any
 
@@ -10,6 +9,7 @@ import torch
 from torch import nn
 
 from moescope.core.errors import InputError
+from moescope.core.text import escaped
 from moescope.probes.anatomy import Anatomy, find_anatomy
 
 
@@ -57,7 +57,7 @@ class LiveModel:
     def pad_id(self) -> int:
         """An id to fill masked positions with."""
         pad = getattr(self.tokenizer, "pad_token_id", None)
-        return int(pad) if pad is not None else 0
+        return int(pad) if pad is not None and pad < self.anatomy.vocabulary else 0
 
     @property
     def context(self) -> int | None:
@@ -81,4 +81,4 @@ class LiveModel:
         return f"LiveModel({self.name!r}: {a.architecture}, {a.n_layers} layers, {experts}, {a.parameters / 1e6:,.1f} M parameters)"
 
     def _repr_html_(self) -> str:
-        return f"<b>{html.escape(self.name)}</b>{self.anatomy._repr_html_()}"
+        return f"<b>{escaped(self.name)}</b>{self.anatomy._repr_html_()}"

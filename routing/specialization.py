@@ -130,9 +130,10 @@ def _counts(run: Run, documents: pd.DataFrame) -> tuple[NDArray[np.float64], lis
     column = {place: number for number, place in enumerate(experts)}
     row = {document: number for number, document in enumerate(documents["document_id"])}
     counts = np.zeros((len(row), len(experts)))
-    rows = frame["document_id"].map(row).to_numpy()
-    columns = [column[place] for place in zip(frame["layer"], frame["block"], frame["expert"], strict=True)]
-    counts[rows, columns] = frame["tokens"]
+    places = list(zip(frame["layer"], frame["block"], frame["expert"], strict=True))
+    real = [place in column for place in places]  # ids out of range make a run incomplete; it is still looked at
+    rows = frame["document_id"].map(row).to_numpy()[real]
+    counts[rows, [column[place] for place in places if place in column]] = frame["tokens"].to_numpy()[real]
     return counts, experts
 
 

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from typing import Any
 
 import duckdb
 
+from moescope.core.errors import RunError
+from moescope.core.json_data import to_json
 from moescope.store.coverage import Expectation, settle
 from moescope.store.run import Run
 from moescope.store.store import Store
+from moescope.store.transaction import transaction
 
 
 def end_run(
@@ -24,14 +26,17 @@ def end_run(
     """
     connection = store.connection
     try:
-        connection.execute("BEGIN TRANSACTION")
-        full = settle(connection, run.run_id, expectations)
-        status = "failed" if failed else "complete" if full else "incomplete"
-        connection.execute(
-            "UPDATE runs SET status = ?, finished_at = ?, summary = ? WHERE run_id = ?",
-            [status, datetime.now(UTC).replace(tzinfo=None), json.dumps(summary, ensure_ascii=False), run.run_id],
-        )
-        connection.execute("COMMIT")
-    except duckdb.Error:
+        with transaction(connection):
+            full = settle(connection, run.run_id, expectations)
+            status = "failed" if failed else "complete" if full else "incomplete"
+            connection.execute(
+                "UPDATE runs SET status = ?, finished_at = ?, summary = ? WHERE run_id = ?",
+                [status, datetime.now(UTC).replace(tzinfo=None), to_json(summary), run.run_id],
+            )
+    except duckdb.Error as refused:
         if not failed:
-            raise
+            raise RunError(
+                f"the ledger of run {run.name!r} could not be written",
+                found=str(refused),
+                fix="free some space on the disk and open the store again; what was committed is whole",
+            ) from refused

@@ -10,8 +10,17 @@ import duckdb
 
 from moescope.core.errors import StoreError
 from moescope.store.schema import SCHEMA_VERSION, TABLES
+from moescope.store.transaction import transaction
 
 _MAGIC = b"DUCK"
+_OTHER_OBJECTS = """
+    SELECT
+        (SELECT count(*) FROM duckdb_views() WHERE NOT internal)
+        + (SELECT count(*) FROM duckdb_sequences())
+        + (SELECT count(*) FROM duckdb_types() WHERE NOT internal)
+        + (SELECT count(*) FROM duckdb_functions() WHERE NOT internal)
+        + (SELECT count(*) FROM duckdb_schemas() WHERE NOT internal)
+"""
 _HOLDER = re.compile(r"held in (?P<program>.+?) \(PID (?P<pid>\d+)\)")
 
 
@@ -29,6 +38,9 @@ def open_connection(path: Path, *, read_only: bool) -> duckdb.DuckDBPyConnection
         raise _explained(path, refused) from refused
     try:
         _check_contents(path, connection, read_only=read_only)
+    except duckdb.Error as refused:
+        connection.close()
+        raise _explained(path, refused) from refused
     except BaseException:
         connection.close()
         raise
@@ -82,26 +94,28 @@ def _explained(path: Path, refused: duckdb.Error) -> StoreError:
         return StoreError(
             f"cannot write {path}", found="no permission", fix="choose another folder, or open it with read_only=True"
         )
+    if any(word in text for word in ("enough bytes", "orrupt", "hecksum", "Could not read")):
+        return StoreError(f"{path} is damaged", found=text, fix="restore it from a copy; the file was left as it is")
     return StoreError(f"cannot open {path}", found=text)
 
 
 def _check_contents(path: Path, connection: duckdb.DuckDBPyConnection, *, read_only: bool) -> None:
-    found = {name for (name,) in connection.execute("SELECT table_name FROM duckdb_tables()").fetchall()}
-    if not found:
+    tables = {name for (name,) in connection.execute("SELECT table_name FROM duckdb_tables()").fetchall()}
+    if not tables and connection.execute(_OTHER_OBJECTS).fetchall() == [(0,)]:
         if read_only:
             raise StoreError(f"{path} is empty", fix="record into it first: moescope profile … --store")
         _create(connection)
         return
-    if "store_info" not in found:
+    info = _info(connection) if "store_info" in tables else {}
+    if info.get("application") != "moescope":
         raise StoreError(
             f"{path} belongs to another program",
             expected="a store made by moescope",
-            found=f"a DuckDB file with the tables {', '.join(sorted(found)[:5])}",
+            found=f"a DuckDB file with {'the tables ' + ', '.join(sorted(tables)[:5]) if tables else 'no tables'}",
             fix="choose another path; the file was left as it is",
         )
-    info = dict(connection.execute("SELECT key, value FROM store_info").fetchall())
-    version = int(info.get("schema_version", "0"))
-    if info.get("application") != "moescope" or version != SCHEMA_VERSION:
+    version = info.get("schema_version", "")
+    if version != str(SCHEMA_VERSION):
         raise StoreError(
             f"{path} has schema version {version}",
             expected=f"version {SCHEMA_VERSION}",
@@ -110,20 +124,27 @@ def _check_contents(path: Path, connection: duckdb.DuckDBPyConnection, *, read_o
         )
 
 
+def _info(connection: duckdb.DuckDBPyConnection) -> dict[str, str]:
+    """Facts of the file, none where its table of that name is another program's."""
+    try:
+        return dict(connection.execute("SELECT key, value FROM store_info").fetchall())
+    except duckdb.BinderException:
+        return {}
+
+
 def _create(connection: duckdb.DuckDBPyConnection) -> None:
     from moescope.core.versions import VERSION
 
-    connection.execute("BEGIN TRANSACTION")
-    for table in TABLES:
-        for statement in table.ddl():
-            connection.execute(statement)
-    connection.executemany(
-        "INSERT INTO store_info VALUES (?, ?)",
-        [
-            ["application", "moescope"],
-            ["schema_version", str(SCHEMA_VERSION)],
-            ["created_by", f"moescope {VERSION}"],
-            ["created_at", datetime.now(UTC).isoformat(timespec="seconds")],
-        ],
-    )
-    connection.execute("COMMIT")
+    with transaction(connection):
+        for table in TABLES:
+            for statement in table.ddl():
+                connection.execute(statement)
+        connection.executemany(
+            "INSERT INTO store_info VALUES (?, ?)",
+            [
+                ["application", "moescope"],
+                ["schema_version", str(SCHEMA_VERSION)],
+                ["created_by", f"moescope {VERSION}"],
+                ["created_at", datetime.now(UTC).isoformat(timespec="seconds")],
+            ],
+        )

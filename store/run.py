@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import html
 import json
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
@@ -11,6 +10,7 @@ import duckdb
 
 from moescope.core.errors import InputError
 from moescope.core.result import Result
+from moescope.core.text import escaped
 from moescope.store.coverage import coverage_result
 from moescope.store.schema import TABLE_BY_NAME
 
@@ -124,5 +124,5 @@ class Run:
         shown = {
             key: info[key] for key in ("name", "status", "model", "revision", "architecture", "started_at", "summary")
         }
-        rows = "".join(f"<tr><th>{html.escape(k)}</th><td>{html.escape(str(v))}</td></tr>" for k, v in shown.items())
+        rows = "".join(f"<tr><th>{escaped(k)}</th><td>{escaped(str(v))}</td></tr>" for k, v in shown.items())
         return f"<table>{rows}</table>{self.coverage._repr_html_()}"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import html
 import json
 import uuid
 from collections.abc import Mapping, Sequence
@@ -14,8 +13,12 @@ from typing import Any
 import duckdb
 
 from moescope.core.errors import InputError, StoreError
+from moescope.core.text import escaped, whole_characters
 from moescope.store.opening import open_connection
 from moescope.store.run import UNSAID_END, Run
+
+# Runs this process began: another Store on the same file must not take them for abandoned.
+_BEGUN_HERE: set[str] = set()
 
 
 class Store:
@@ -40,12 +43,7 @@ class Store:
         self.read_only = read_only
         self._connection: duckdb.DuckDBPyConnection | None = open_connection(self.path, read_only=read_only)
         if not read_only:
-            # A run can only be recorded by the process that holds the file, and that is now this one.
-            self.connection.execute(
-                "UPDATE runs SET status = 'incomplete', summary = json_merge_patch(coalesce(summary, '{}'), ?) "
-                "WHERE status = 'running'",
-                [json.dumps({"stopped": UNSAID_END})],
-            )
+            self._close_abandoned_runs()
 
     @property
     def connection(self) -> duckdb.DuckDBPyConnection:
@@ -72,7 +70,10 @@ class Store:
 
     def fetch(self, query: str, parameters: Mapping[str, Any] | Sequence[Any] = ()) -> list[tuple[Any, ...]]:
         """Run one query and give all its rows."""
-        return self.cursor().execute(query, parameters).fetchall()
+        try:
+            return self.cursor().execute(query, parameters).fetchall()
+        except duckdb.Error as refused:
+            raise InputError("the query failed", found=str(refused)) from refused
 
     def run(self, name: str) -> Run:
         """The run called `name` (or with that run_id); raises `InputError` naming the runs there are."""
@@ -96,8 +97,10 @@ class Store:
         Raises:
             InputError: the name is taken, or empty.
         """
-        if not name.strip():
-            raise InputError("a run needs a name", found="an empty one")
+        if self.read_only:
+            raise InputError(f"{self.path} is open for reading only", fix="open it with Store(path)")
+        if not name.strip() or whole_characters(name) != name:
+            raise InputError("a run needs a name of Unicode text", found=repr(name))
         for status, started in self.fetch("SELECT status, started_at FROM runs WHERE name = ?", [name]):
             raise InputError(
                 f"{self.path} already has a run called {name!r}",
@@ -114,6 +117,7 @@ class Store:
         row = {k: json.dumps(v, ensure_ascii=False) if isinstance(v, (dict, list)) else v for k, v in values.items()}
         names = ", ".join(f'"{column}"' for column in row)
         self.connection.execute(f"INSERT INTO runs ({names}) VALUES ({', '.join('?' * len(row))})", list(row.values()))
+        _BEGUN_HERE.add(values["run_id"])
         return self.run(name)
 
     def add_layers(self, run: Run, rows: Sequence[Mapping[str, Any]]) -> None:
@@ -130,6 +134,25 @@ class Store:
         if self._connection is not None:
             self._connection.close()
             self._connection = None
+
+    def _close_abandoned_runs(self) -> None:
+        """Mark runs whose recorder ended without saying so: only this process can be recording into a file it holds."""
+        try:
+            self.connection.execute(
+                """
+                UPDATE runs
+                SET status = 'incomplete', summary = json_merge_patch(coalesce(summary, '{}'), ?)
+                WHERE status = 'running' AND NOT list_contains(?::VARCHAR[], run_id::VARCHAR)
+                """,
+                [json.dumps({"stopped": UNSAID_END}), sorted(_BEGUN_HERE)],
+            )
+        except duckdb.Error as refused:
+            self.close()
+            raise StoreError(
+                f"{self.path} cannot be written",
+                found=str(refused),
+                fix="free some space on the disk, or open it with read_only=True",
+            ) from refused
 
     def _rows(self, where: str, parameters: Mapping[str, Any]) -> list[Run]:
         query = f"SELECT run_id, name FROM runs {where} ORDER BY started_at, name"
@@ -151,9 +174,9 @@ class Store:
 
     def _repr_html_(self) -> str:
         if self._connection is None:
-            return html.escape(repr(self))
+            return escaped(repr(self))
         rows = "".join(
-            f"<tr><td>{html.escape(r.name)}</td><td>{html.escape(r.status)}</td><td>{html.escape(str(r.model))}</td></tr>"
+            f"<tr><td>{escaped(r.name)}</td><td>{escaped(r.status)}</td><td>{escaped(str(r.model))}</td></tr>"
             for r in self.runs()
         )
-        return f"<div><b>{html.escape(str(self.path))}</b><table><tr><th>run</th><th>status</th><th>model</th></tr>{rows}</table></div>"
+        return f"<div><b>{escaped(str(self.path))}</b><table><tr><th>run</th><th>status</th><th>model</th></tr>{rows}</table></div>"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import queue
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -14,10 +15,14 @@ import pyarrow as pa
 from moescope.core.errors import MoescopeError, RunError
 from moescope.store.store import Store
 from moescope.store.totals import ExpertPartial, LoadPartial, expert_rows, load_rows
+from moescope.store.transaction import transaction
 
 CHUNK_ROWS = 245_760
 CHUNK_SECONDS = 30.0
 _QUEUE = 3
+# What DuckDB may keep in memory while it writes. Without a limit it keeps every block it wrote, and memory grows with the
+# corpus; beyond it, a large transaction goes through its temporary folder.
+_MEMORY = "128MiB"
 
 
 @dataclass
@@ -49,6 +54,7 @@ class RunWriter:
         self, store: Store, run_id: str, *, chunk_rows: int = CHUNK_ROWS, chunk_seconds: float = CHUNK_SECONDS
     ) -> None:
         self._cursor = store.cursor()
+        self._cursor.execute(f"SET memory_limit = '{_MEMORY}'")
         self._run_id = run_id
         self._chunk_rows, self._chunk_seconds = chunk_rows, chunk_seconds
         self._queue: queue.Queue[Callable[[], BatchRecords] | None] = queue.Queue(maxsize=_QUEUE)
@@ -85,6 +91,7 @@ class RunWriter:
             except queue.Full:
                 continue
         self._thread.join()
+        self._cursor.execute("RESET memory_limit")
         self._cursor.close()
         self.check()
 
@@ -99,28 +106,23 @@ class RunWriter:
             self._error = error
 
     def _full(self) -> bool:
-        rows = max(
-            sum(b.tables[name].num_rows for b in self._pending if name in b.tables) for name in self._pending[0].tables
-        )
-        return rows >= self._chunk_rows or time.monotonic() - self._since >= self._chunk_seconds
+        rows: Counter[str] = Counter()
+        for batch in self._pending:
+            rows.update({name: table.num_rows for name, table in batch.tables.items()})
+        full = max(rows.values(), default=0) >= self._chunk_rows
+        return full or time.monotonic() - self._since >= self._chunk_seconds
 
     def _commit(self) -> None:
         if not self._pending:
             return
-        self._cursor.execute("BEGIN TRANSACTION")
-        try:
+        with transaction(self._cursor):
             for name in dict.fromkeys(name for b in self._pending for name in b.tables):
                 self._insert(name, pa.concat_tables([b.tables[name] for b in self._pending if name in b.tables]))
             for batch in self._pending:
-                self._cursor.execute(
-                    "INSERT INTO batches VALUES (?, ?, ?, ?, ?)", [self._run_id, batch.number, *batch.batch]
-                )
+                row = [self._run_id, batch.number, *batch.batch]
+                self._cursor.execute("INSERT INTO batches VALUES (?, ?, ?, ?, ?)", row)
                 self._write_partials(batch)
             self._write_totals()
-            self._cursor.execute("COMMIT")
-        except BaseException:
-            self._cursor.execute("ROLLBACK")
-            raise
         self.committed_batches += len(self._pending)
         self._pending.clear()
         self._since = time.monotonic()

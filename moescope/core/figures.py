@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from moescope.core.text import undirected
+
 if TYPE_CHECKING:
     import plotly.graph_objects as go
     from numpy.typing import NDArray
@@ -100,16 +102,12 @@ def log_axis(figure: go.Figure, *, title: str, values: Iterable[float]) -> None:
     figure.update_yaxes(title=title, type="log", dtick=1 if wide else "D2", exponentformat="none")
 
 
-_STEERING = dict.fromkeys((*range(8234, 8239), *range(8294, 8298)), "�")
-_STEERING |= dict.fromkeys((10, 13, 8232, 8233), " ")
-
-
 def plain(text: str) -> str:
     """Text from outside as Plotly shows it letter by letter: its labels and titles are a kind of HTML otherwise.
 
     Characters that turn the direction of writing become U+FFFD, line breaks become spaces.
     """
-    text = text.translate(_STEERING)
+    text = " ".join(undirected(text).splitlines())
     return text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
 
 

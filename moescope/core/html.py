@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import html
 from typing import TYPE_CHECKING
+
+from moescope.core.text import escaped
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
@@ -37,7 +38,7 @@ def page(title: str, sections: list[str]) -> str:
     from plotly.offline import get_plotlyjs
 
     return (
-        f"<!doctype html><html lang='en'><head><meta charset='utf-8'><title>{html.escape(title)}</title>"
+        f"<!doctype html><html lang='en'><head><meta charset='utf-8'><title>{escaped(title)}</title>"
         f"<meta name='viewport' content='width=device-width'><style>{_STYLE}</style><script>{get_plotlyjs()}</script>"
         f"</head><body>{''.join(sections)}</body></html>"
     )
@@ -46,12 +47,12 @@ def page(title: str, sections: list[str]) -> str:
 def result_section(result: Result, *, rows: int = 400) -> str:
     """One result: finding, figure, table (its first `rows` rows), definition, units, n, query."""
     parts = [
-        f"<section id='{html.escape(result.name)}'><h2>{html.escape(result.title)}</h2>",
-        f"<p class='muted'>{html.escape(result.subtitle())}</p>",
+        f"<section id='{escaped(result.name)}'><h2>{escaped(result.title)}</h2>",
+        f"<p class='muted'>{escaped(result.subtitle())}</p>",
     ]
     if result.has_figure:
         parts.append(_untitled(result).to_html(full_html=False, include_plotlyjs=False, config={"displaylogo": False}))
-    facts = "".join(f"<tr><th>{html.escape(k)}</th><td>{html.escape(v)}</td></tr>" for k, v in result.facts().items())
+    facts = "".join(f"<tr><th>{escaped(k)}</th><td>{escaped(v)}</td></tr>" for k, v in result.facts().items())
     parts.append(f"<table>{facts}</table>")
     shown = min(rows, result.table.num_rows)
     label = f"Table, {shown:,} of {result.table.num_rows:,} rows"
@@ -60,7 +61,7 @@ def result_section(result: Result, *, rows: int = 400) -> str:
         f"<details{opened}><summary>{label}</summary><div class='scroll'>{table(result, rows)}</div></details>"
     )
     if result.sql:
-        parts.append(f"<details><summary>Query</summary><pre>{html.escape(result.sql.strip())}</pre></details>")
+        parts.append(f"<details><summary>Query</summary><pre>{escaped(result.sql.strip())}</pre></details>")
     return "".join(parts) + "</section>"
 
 
@@ -80,10 +81,10 @@ def table(result: Result, rows: int) -> str:
     head = result.table.slice(0, rows)
     numeric = [pa.types.is_integer(f.type) or pa.types.is_floating(f.type) for f in head.schema]
     kinds = [" class='number'" if is_number else " class='cell'" for is_number in numeric]
-    names = "".join(f"<th{k}>{html.escape(f.name)}</th>" for k, f in zip(kinds, head.schema, strict=True))
+    names = "".join(f"<th{k}>{escaped(f.name)}</th>" for k, f in zip(kinds, head.schema, strict=True))
     body = "".join(
         "<tr>"
-        + "".join(f"<td{k}>{html.escape(cell(value))}</td>" for k, value in zip(kinds, row.values(), strict=True))
+        + "".join(f"<td{k}>{escaped(cell(value))}</td>" for k, value in zip(kinds, row.values(), strict=True))
         + "</tr>"
         for row in head.to_pylist()
     )

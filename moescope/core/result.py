@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import html
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from moescope.core.atomic import written_whole
 from moescope.core.errors import InputError
 from moescope.core.json_data import to_json
+from moescope.core.text import escaped
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -188,8 +188,7 @@ class Result:
     def _repr_html_(self) -> str:
         head = self.df().head(12).to_html(index=False, border=0, float_format=lambda x: f"{x:.4g}", escape=True)
         rows = "".join(
-            f"<tr><th style='text-align:left'>{html.escape(k)}</th><td style='text-align:left'>"
-            f"{html.escape(v)}</td></tr>"
+            f"<tr><th style='text-align:left'>{escaped(k)}</th><td style='text-align:left'>{escaped(v)}</td></tr>"
             for k, v in self.facts().items()
         )
         more = (
@@ -197,7 +196,7 @@ class Result:
         )
         hint = "<p><code>.figure()</code> draws it.</p>" if self.has_figure else ""
         return (
-            f"<div><h4>{html.escape(self.title)}</h4><p>{html.escape(self.subtitle())}</p>{head}{more}{hint}"
+            f"<div><h4>{escaped(self.title)}</h4><p>{escaped(self.subtitle())}</p>{head}{more}{hint}"
             f"<details><summary>How to read this</summary><table>{rows}</table></details></div>"
         )
 

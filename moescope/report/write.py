@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import html
 from pathlib import Path
 from typing import TYPE_CHECKING, get_args
 
@@ -11,6 +10,7 @@ from moescope.core.atomic import written_whole
 from moescope.core.errors import InputError
 from moescope.core.html import cell, page, result_section
 from moescope.core.result import Result
+from moescope.core.text import escaped
 
 if TYPE_CHECKING:
     from moescope.store.run import Run
@@ -107,19 +107,17 @@ def _header(run: Run) -> str:
         "Recorded": f"{info['started_at']:%Y-%m-%d %H:%M} UTC",
         "Said on the way": _said(summary),
     }
-    rows = "".join(
-        f"<tr><th>{html.escape(k)}</th><td class='cell'>{html.escape(cell(v))}</td></tr>" for k, v in facts.items()
-    )
+    rows = "".join(f"<tr><th>{escaped(k)}</th><td class='cell'>{escaped(cell(v))}</td></tr>" for k, v in facts.items())
     warning = (
         ""
         if run.complete
         else (
-            f"<p class='bad'><b>⚠ This run is {html.escape(info['status'])}.</b> "
-            f"{html.escape(str(summary.get('stopped') or ''))} Numbers below rest on "
+            f"<p class='bad'><b>⚠ This run is {escaped(info['status'])}.</b> "
+            f"{escaped(str(summary.get('stopped') or ''))} Numbers below rest on "
             "what was recorded; the ledger says what is missing.</p>"
         )
     )
-    return f"<h1>Run {html.escape(run.name)}</h1>{warning}<table>{rows}</table>"
+    return f"<h1>Run {escaped(run.name)}</h1>{warning}<table>{rows}</table>"
 
 
 def _said(summary: dict[str, object]) -> str:
@@ -134,12 +132,12 @@ def _said(summary: dict[str, object]) -> str:
 
 
 def _findings(results: list[tuple[Section, Result]]) -> str:
-    items = "".join(f"<li><a href='#{html.escape(r.name)}'>{html.escape(r.title)}</a></li>" for _, r in results)
+    items = "".join(f"<li><a href='#{escaped(r.name)}'>{escaped(r.title)}</a></li>" for _, r in results)
     return f"<h1>Findings</h1><ul>{items}</ul>"
 
 
 def _left_out(left_out: list[tuple[str, str]]) -> str:
     if not left_out:
         return ""
-    items = "".join(f"<li><b>{html.escape(name)}</b>: {html.escape(reason)}</li>" for name, reason in left_out)
+    items = "".join(f"<li><b>{escaped(name)}</b>: {escaped(reason)}</li>" for name, reason in left_out)
     return f"<h1>Not in this report</h1><ul>{items}</ul>"

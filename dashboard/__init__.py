@@ -1,0 +1,1 @@
+"""The Dash app: one file a page, figures taken from results."""

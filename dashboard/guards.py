@@ -1,0 +1,67 @@
+"""Who may talk to the app: this machine's own browser, on the app's own pages."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from urllib.parse import urlsplit
+
+from flask import Flask, Response, request
+
+_READING = frozenset({"GET", "HEAD", "OPTIONS"})
+
+
+def allowed_hosts(port: int) -> frozenset[str]:
+    """The values of the Host header that name this app; any other comes from a page that re-pointed its own name here."""
+    return frozenset({f"127.0.0.1:{port}", f"localhost:{port}"})
+
+
+def guard(server: Flask, *, port: int, script_hashes: Sequence[str]) -> None:
+    """Refuse foreign hosts and foreign posts, and let pages load and call nothing but this app.
+
+    Args:
+        server: the Flask server behind the app.
+        port: where the app listens.
+        script_hashes: of the inline scripts that the app's own index page carries.
+    """
+    hosts = allowed_hosts(port)
+    origins = {f"http://{host}" for host in hosts}
+
+    @server.before_request
+    def refuse_strangers() -> Response | None:
+        if request.headers.get("Host", "").lower() not in hosts:
+            return Response(
+                "403: this app answers only to its own address on this machine.", 403, mimetype="text/plain"
+            )
+        if request.method not in _READING and not _own(origins):
+            return Response("403: a page of another origin tried to use this app.", 403, mimetype="text/plain")
+        return None
+
+    policy = "; ".join(
+        (
+            "default-src 'self'",
+            f"script-src 'self' {' '.join(script_hashes)}",
+            "style-src 'self' 'unsafe-inline'",
+            "img-src 'self' data: blob:",
+            "font-src 'self' data:",
+            "object-src 'none'",
+            "base-uri 'none'",
+            "form-action 'self'",
+            "frame-ancestors 'none'",
+        )
+    )
+
+    @server.after_request
+    def add_policy(response: Response) -> Response:
+        response.headers["Content-Security-Policy"] = policy
+        response.headers["X-Content-Type-Options"] = "nosniff"
+        response.headers["Referrer-Policy"] = "same-origin"
+        return response
+
+
+def _own(origins: set[str]) -> bool:
+    """Whether a changing request comes from the app's own pages; browsers always send an Origin with these."""
+    origin = request.headers.get("Origin")
+    if origin is not None:
+        return origin.lower() in origins
+    referrer = urlsplit(request.headers.get("Referer", ""))
+    return f"{referrer.scheme}://{referrer.netloc}".lower() in origins

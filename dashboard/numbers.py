@@ -1,0 +1,76 @@
+"""How numbers are written: the same everywhere, none invented, none rounded to a false zero."""
+
+from __future__ import annotations
+
+import math
+
+MISSING = "—"
+
+
+def count(n: float | None) -> str:
+    """A count in full, thousands grouped.
+
+    Example:
+        >>> count(25600123)
+        '25,600,123'
+    """
+    return MISSING if absent(n) else f"{n:,.0f}".replace("-", "−")
+
+
+def short_count(n: float | None) -> str:
+    """A count for a card: three significant digits with k, M or G.
+
+    Example:
+        >>> short_count(66246), short_count(240)
+        ('66.2 k', '240')
+    """
+    if n is None or absent(n):
+        return MISSING
+    for size, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if abs(n) >= 10 * size or (abs(n) >= size and unit != "k"):
+            return f"{n / size:.3g} {unit}".replace("-", "−")
+    return count(n)
+
+
+def share(part: float | None, whole: float | None) -> str:
+    """A share in percent; more than nothing is never written as 0 %.
+
+    Example:
+        >>> share(124, 1000), share(1, 100000), share(0, 10)
+        ('12.4 %', '<0.1 %', '0 %')
+    """
+    if part is None or whole is None or absent(part) or absent(whole) or whole == 0:
+        return MISSING
+    percent = 100 * part / whole
+    if percent == 0:
+        return "0 %"
+    if 0 < percent < 0.1:
+        return "<0.1 %"
+    return ">99.9 %" if 99.95 <= percent < 100 else f"{percent:.1f} %"
+
+
+def ratio(value: float | None) -> str:
+    """A ratio to a reference, such as load over uniform load.
+
+    Example:
+        >>> ratio(3.2), ratio(0.042)
+        ('3.20×', '0.042×')
+    """
+    if value is None or absent(value):
+        return MISSING
+    return f"{value:.2f}×" if value >= 0.1 or value == 0 else f"{value:.2g}×"
+
+
+def decimal(value: float | None, places: int = 3) -> str:
+    """A number with a fixed number of decimals.
+
+    Example:
+        >>> decimal(-0.25)
+        '−0.250'
+    """
+    return MISSING if value is None or absent(value) else f"{value:,.{places}f}".replace("-", "−")
+
+
+def absent(value: float | None) -> bool:
+    """Whether there is no number to show."""
+    return value is None or math.isnan(value)

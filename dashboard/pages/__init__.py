@@ -1,0 +1,1 @@
+"""The pages: each file registers one `Page` when imported."""

@@ -1,0 +1,24 @@
+"""The panel at the side that holds a card; the page beside it stays in use."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import dash_mantine_components as dmc
+
+
+def side_panel(identity: str) -> Any:
+    """An empty panel; a callback opens it with a title and a card."""
+    return dmc.Drawer(
+        id=identity,
+        position="right",
+        size=420,
+        withOverlay=False,
+        lockScroll=False,
+        trapFocus=False,
+        closeOnClickOutside=False,
+        returnFocus=False,
+        padding="md",
+        className="detail",
+        transitionProps={"duration": 0},
+    )

@@ -1,0 +1,197 @@
+"""The other commands, and what holds for all: help with an example, versions, stdout for data, stderr for news."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from moescope.core.versions import VERSION
+from moescope.store.store import Store
+
+Cli = Callable[..., Any]
+COMMANDS = ("profile", "runs", "dashboard", "doctor")
+PROGRAM = str(Path(sys.executable).parent / "moescope")
+HOSTILE = ("[/red]", "[bold]x[/bold]", "\x1b[31mred\x07", "\u202egnp.exe", "a\nb", "日本語 🧪", "<script>", "%s {x}")
+
+
+def test_version_goes_to_stdout(cli: Cli) -> None:
+    outcome = cli("--version")
+    assert (outcome.code, outcome.out.strip(), outcome.err) == (0, VERSION, "")
+
+
+def test_help_lists_every_command(cli: Cli) -> None:
+    outcome = cli("--help")
+    assert outcome.code == 0
+    for command in COMMANDS:
+        assert f" {command} " in outcome.out
+
+
+def test_every_command_of_the_app_is_tested_here() -> None:
+    from moescope.cli.app import app
+
+    names = {c.name or getattr(c.callback, "__name__", "") for c in app.registered_commands}
+    assert names == set(COMMANDS)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_of_a_command_shows_an_example_and_every_option_described(cli: Cli, command: str) -> None:
+    outcome = cli(command, "--help")
+    words = " ".join(outcome.out.split())
+    assert outcome.code == 0
+    assert f"Example: moescope {command}" in words
+    assert outcome.err == ""
+
+
+def test_runs_of_a_store_without_any_say_so_on_stderr(cli: Cli, tmp_path: Path) -> None:
+    Store(tmp_path / "runs.duckdb").close()
+    outcome = cli("runs", tmp_path / "runs.duckdb")
+    assert (outcome.code, outcome.out) == (0, "")
+    assert "holds no runs yet" in outcome.err
+    assert cli("runs", tmp_path / "runs.duckdb", "--json").json == []
+
+
+def test_runs_reads_the_store_of_this_folder_by_default(cli: Cli, tmp_path: Path) -> None:
+    with Store(tmp_path / "runs.duckdb") as store:
+        store.begin_run(name="base", model="demo")
+    outcome = cli("runs")
+    assert outcome.code == 0
+    assert "base" in outcome.out
+    assert "running" in outcome.out
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_runs_shows_any_name_and_lets_none_steer_the_terminal(cli: Cli, tmp_path: Path, name: str) -> None:
+    with Store(tmp_path / "runs.duckdb") as store:
+        store.begin_run(name=name, model=name)
+    outcome = cli("runs", tmp_path / "runs.duckdb")
+    assert outcome.code == 0, outcome.err
+    assert all(character.isprintable() or character == "\n" for character in outcome.out)
+    if name.isprintable():
+        assert name in outcome.out
+    (run,) = cli("runs", tmp_path / "runs.duckdb", "--json").json
+    assert run["name"] == name
+
+
+def test_doctor_finds_the_bundled_model_sound(cli: Cli) -> None:
+    outcome = cli("doctor", "demo", "--json")
+    assert outcome.code == 0, outcome.out
+    found = {check["check"]: check for check in outcome.json}
+    assert all(check["ok"] for check in found.values())
+    assert VERSION in found["versions"]["found"]
+    assert "bit-identical" in found["logits with taps = logits without"]["found"]
+    assert "sites full" in found["record two sentences"]["found"]
+
+
+def test_doctor_leaves_no_file(cli: Cli, tmp_path: Path) -> None:
+    assert cli("doctor", "demo").code == 0
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_doctor_says_which_check_fails(cli: Cli) -> None:
+    outcome = cli("doctor", "./no/such/model", "--json")
+    assert outcome.code != 0
+    failed = [check for check in outcome.json if not check["ok"]]
+    assert [check["check"] for check in failed] == ["load ./no/such/model"]
+    assert "no such path" in failed[0]["found"]
+
+
+def _store(path: Path) -> Path:
+    with Store(path) as store:
+        store.begin_run(name="base", model="demo")
+    return path
+
+
+def test_reader_that_leaves_early_is_no_error(tmp_path: Path) -> None:
+    """As in `moescope runs --json | head -1`. Exit code 1 would mean a finding over a threshold."""
+    path = _store(tmp_path / "runs.duckdb")
+    read, write = os.pipe()
+    os.close(read)
+    try:
+        done = subprocess.run(
+            [PROGRAM, "runs", str(path), "--json"], stdout=write, stderr=subprocess.PIPE, text=True, check=False
+        )
+    finally:
+        os.close(write)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_data_is_plain_where_stdout_is_a_file(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [PROGRAM, "runs", str(_store(tmp_path / "runs.duckdb"))], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.isprintable() or "\x1b" not in done.stdout
+    assert "base" in done.stdout
+    assert done.stderr == ""
+
+
+def test_ctrl_c_while_recording_ends_with_130_and_an_incomplete_run(tmp_path: Path) -> None:
+    words = "The quick brown fox jumps over the lazy dog and does not come back. " * 40
+    for number in range(300):
+        (tmp_path / f"{number:03}.txt").write_text(words)
+    path = tmp_path / "runs.duckdb"
+    command = [
+        PROGRAM,
+        "profile",
+        "demo",
+        "--data",
+        str(tmp_path),
+        "--store",
+        str(path),
+        "--name",
+        "cut",
+        "--batch-size",
+        "2",
+    ]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        _wait_until(lambda: (tmp_path / "runs.duckdb.wal").exists() or process.poll() is not None)
+        time.sleep(2.5)
+        assert process.poll() is None, "it ended before it could be interrupted"
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 130, err
+    assert out == ""
+    assert "Traceback" not in err
+    assert "interrupted" in err
+    with Store(path, read_only=True) as store:
+        run = store.run("cut")
+        assert run.status == "incomplete"
+        counts = "SELECT (SELECT count(*) FROM tokens), (SELECT sum(tokens) FROM batches), (SELECT sum(n_tokens) FROM sequences)"
+        assert len(set(store.fetch(counts)[0])) == 1
+
+
+def test_dashboard_prints_its_address_and_ends_quietly_on_ctrl_c(tmp_path: Path) -> None:
+    path = _store(tmp_path / "runs.duckdb")
+    command = [PROGRAM, "dashboard", str(path), "--port", "0"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout is not None
+        url = process.stdout.readline().strip()
+        assert url.startswith("http://127.0.0.1:")
+        with urllib.request.urlopen(url, timeout=20) as answer:
+            assert answer.status == 200
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=20)
+    finally:
+        process.kill()
+    assert process.returncode in (0, 130), err
+    assert out == ""
+    assert "Traceback" not in err
+
+
+def _wait_until(condition: Callable[[], bool]) -> None:
+    end = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < end, "waited a minute"
+        time.sleep(0.02)

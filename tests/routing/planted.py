@@ -1,0 +1,282 @@
+"""Runs planted row by row, so that every expected value is known before moescope reads it.
+
+Nothing here comes from moescope's own recording: rows are written out and inserted with plain SQL. Test folders load this
+file by its path (`--import-mode=importlib` gives test modules no common package).
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from moescope.store.run import Run
+from moescope.store.store import Store
+
+# Everything an outsider may have put into a name, a label or a text.
+HOSTILE = (
+    "<script>alert(1)</script>",
+    "</script><script>alert(2)</script>",
+    '"><img src=x onerror=alert(3)>',
+    "'><svg/onload=alert(4)>",
+    "<b>bold</b> & <a href='https://evil.example'>here</a>",
+    "\u202egnp.exe",
+    "line one\nline two\r\x1b[31mred\x07",
+    "[red]rich[/red] [/nothing] %{x} {braces} $run ?",
+    "Robert'); DROP TABLE runs;--",
+    "🧪 ﷽ 日本語",
+)
+
+
+@dataclass
+class Router:
+    """The decisions of one router.
+
+    Attributes:
+        experts: [token, k] ids, in slot order.
+        n_experts, n_null: routed and null experts.
+        layer, block: where it is.
+        weights: [token, k]; 1 ÷ k each where not given.
+        entropy: [token], NaN for none recorded.
+    """
+
+    experts: NDArray[np.integer[Any]]
+    n_experts: int
+    layer: int = 0
+    block: str = "mlp"
+    n_null: int = 0
+    weights: NDArray[np.floating[Any]] | None = None
+    entropy: NDArray[np.floating[Any]] | None = None
+
+    @property
+    def top_k(self) -> int:
+        return int(self.experts.shape[1])
+
+    @property
+    def given(self) -> NDArray[np.floating[Any]]:
+        return np.full(self.experts.shape, 1 / self.top_k) if self.weights is None else self.weights
+
+
+@dataclass
+class Stream:
+    """The residual stream at one block's output.
+
+    Attributes:
+        norm: [token]; values: [token, 3] largest by magnitude, signed; channels: [token, 3]; median: [sequence].
+    """
+
+    norm: NDArray[np.floating[Any]]
+    values: NDArray[np.floating[Any]] | None = None
+    channels: NDArray[np.integer[Any]] | None = None
+    median: NDArray[np.floating[Any]] | None = None
+
+
+@dataclass
+class Plan:
+    """What to plant.
+
+    Attributes:
+        lengths: tokens of each sequence.
+        documents, labels: of each sequence; every sequence its own document and no label where not given.
+        nll: [token], NaN for none; 1 nat where not given. First tokens of sequences never have one.
+        ids: [token] token ids; 0, 1, 2, … modulo 50 where not given.
+        vocabulary: token id → bytes.
+        routers: decisions; streams: layer → residual stream; experts: rows of the table `experts`.
+    """
+
+    lengths: Sequence[int]
+    documents: Sequence[int] | None = None
+    labels: Sequence[str | None] | None = None
+    nll: NDArray[np.floating[Any]] | None = None
+    ids: Sequence[int] | None = None
+    vocabulary: Mapping[int, bytes] = field(default_factory=dict)
+    routers: Sequence[Router] = ()
+    streams: Mapping[int, Stream] = field(default_factory=dict)
+    experts: Sequence[Mapping[str, Any]] = ()
+
+    @property
+    def tokens(self) -> int:
+        return int(sum(self.lengths))
+
+    @property
+    def position(self) -> list[int]:
+        return [position for length in self.lengths for position in range(length)]
+
+    @property
+    def sequence(self) -> list[int]:
+        return [number for number, length in enumerate(self.lengths) for _ in range(length)]
+
+
+def plant(
+    store: Store,
+    plan: Plan,
+    *,
+    name: str = "planted",
+    status: str = "complete",
+    summary: Mapping[str, Any] | None = None,
+) -> Run:
+    """Write a run as `plan` says and give it its status."""
+    run = store.begin_run(
+        name=name, model="planted", architecture="PlantedForCausalLM", settings={}, versions={}, seed=0,
+        corpus_fingerprint="f" * 64, anatomy={"n_layers": 1 + max([r.layer for r in plan.routers], default=0)},
+    )  # fmt: skip
+    store.add_layers(run, _layers(plan))
+    labels = plan.labels or [None] * len(plan.lengths)
+    documents = plan.documents or range(len(plan.lengths))
+    insert(run, "sequences", _sequences(plan, list(documents), labels))
+    insert(run, "tokens", _tokens(plan))
+    insert(run, "vocabulary", [_piece(token_id, raw) for token_id, raw in plan.vocabulary.items()])
+    for router in plan.routers:
+        insert(run, "routing", _routing(router))
+        insert(run, "loads", loads(router, [labels[s] for s in plan.sequence]))
+    for layer, stream in plan.streams.items():
+        insert(run, "residual", _residual(layer, stream))
+        if stream.median is not None:
+            rows = [
+                {"sequence_id": i, "layer": layer, "median_abs": float(value)} for i, value in enumerate(stream.median)
+            ]
+            insert(run, "residual_sequences", rows)
+    insert(run, "experts", plan.experts)
+    ledger = {"site": "tokens", "expected": plan.tokens, "recorded": plan.tokens, "status": "complete", "detail": None}
+    if status == "incomplete":
+        ledger |= {"expected": plan.tokens + 7, "status": "short", "detail": "7 events are missing"}
+    insert(run, "coverage", [ledger])
+    store.connection.execute(
+        "UPDATE runs SET status = ?, summary = ? WHERE run_id = ?",
+        [status, json.dumps(summary or {"tokens": plan.tokens}), run.run_id],
+    )
+    return run
+
+
+def insert(run: Run, table: str, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Insert rows as they stand; a NaN in `nll` or `entropy` is a missing value, elsewhere it is a NaN."""
+    listed = [dict(row) for row in rows]
+    if not listed:
+        return
+    cursor = run.store.cursor()
+    cursor.register("planted_rows", pa.Table.from_pylist(listed))
+    cursor.execute(f'INSERT INTO "{table}" BY NAME SELECT ?::UUID AS run_id, * FROM planted_rows', [run.run_id])
+    cursor.unregister("planted_rows")
+
+
+def loads(router: Router, labels: Sequence[str | None]) -> list[dict[str, Any]]:
+    """Rows of `loads`, counted decision by decision."""
+    tokens: Counter[tuple[str | None, int]] = Counter()
+    weight: Counter[tuple[str | None, int]] = Counter()
+    for label, chosen, weights in zip(labels, router.experts.tolist(), router.given.tolist(), strict=True):
+        for expert, value in zip(chosen, weights, strict=True):
+            tokens[label, expert] += 1
+            weight[label, expert] += value
+    return [
+        {
+            "layer": router.layer,
+            "block": router.block,
+            "label": label,
+            "phase": "prefill",
+            "expert": expert,
+            "tokens": tokens[label, expert],
+            "weight_sum": float(weight[label, expert]),
+        }
+        for label in dict.fromkeys(labels)
+        for expert in range(router.n_experts + router.n_null)
+    ]
+
+
+def _layers(plan: Plan) -> list[dict[str, Any]]:
+    if not plan.routers:
+        return [{"layer": 0, "block": "mlp", "stack": "decoder", "kind": "dense", "d_expert": 8}]
+    return [
+        {
+            "layer": r.layer,
+            "block": r.block,
+            "stack": "decoder",
+            "kind": "moe",
+            "n_experts": r.n_experts,
+            "top_k": r.top_k,
+            "n_shared": 0,
+            "n_null": r.n_null,
+            "d_expert": 8,
+        }
+        for r in plan.routers
+    ]
+
+
+def _sequences(plan: Plan, documents: list[int], labels: Sequence[str | None]) -> list[dict[str, Any]]:
+    seen: Counter[int] = Counter()
+    rows = []
+    for number, (length, document, label) in enumerate(zip(plan.lengths, documents, labels, strict=True)):
+        rows.append(
+            {
+                "sequence_id": number,
+                "document_id": document,
+                "part": seen[document],
+                "label": label,
+                "source": "planted",
+                "text": f"text {number}",
+                "n_tokens": length,
+                "content_hash": f"{number:064x}",
+            }
+        )
+        seen[document] += 1
+    return rows
+
+
+def _tokens(plan: Plan) -> list[dict[str, Any]]:
+    nll = np.ones(plan.tokens) if plan.nll is None else plan.nll
+    ids = [token % 50 for token in range(plan.tokens)] if plan.ids is None else plan.ids
+    return [
+        {
+            "token": token,
+            "sequence_id": sequence,
+            "position": position,
+            "token_id": ids[token],
+            "phase": "prefill",
+            "nll": None if position == 0 or np.isnan(nll[token]) else float(nll[token]),
+            "predicted_id": 0,
+            "is_special": False,
+            "class": "word",
+        }
+        for token, (sequence, position) in enumerate(zip(plan.sequence, plan.position, strict=True))
+    ]
+
+
+def _piece(token_id: int, raw: bytes) -> dict[str, Any]:
+    return {"token_id": token_id, "bytes": raw, "text": raw.decode("utf-8", "replace")}
+
+
+def _routing(router: Router) -> list[dict[str, Any]]:
+    entropy = np.full(len(router.experts), np.nan) if router.entropy is None else router.entropy
+    return [
+        {
+            "token": token,
+            "layer": router.layer,
+            "block": router.block,
+            "experts": chosen,
+            "weights": weights,
+            "margin": 0.5,
+            "entropy": None if np.isnan(entropy[token]) else float(entropy[token]),
+        }
+        for token, (chosen, weights) in enumerate(zip(router.experts.tolist(), router.given.tolist(), strict=True))
+    ]
+
+
+def _residual(layer: int, stream: Stream) -> list[dict[str, Any]]:
+    tokens = len(stream.norm)
+    values = np.tile([3.0, -2.0, 1.0], (tokens, 1)) if stream.values is None else stream.values
+    channels = np.tile([0, 1, 2], (tokens, 1)) if stream.channels is None else stream.channels
+    return [
+        {
+            "token": token,
+            "layer": layer,
+            "norm": float(stream.norm[token]),
+            "top_values": values[token].tolist(),
+            "top_channels": channels[token].tolist(),
+        }
+        for token in range(tokens)
+    ]
