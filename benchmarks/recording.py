@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 
 import moescope as ms
-from moescope.probes.forward import time_plain, to_device
+from moescope.probes.forward import time_plain
 from moescope.probes.record import Recording
 
 PROBES = {
@@ -44,12 +44,11 @@ def main() -> None:
                     recording = Recording(
                         model, corpus, store, name=name, probes=probes, batch_size=8, max_length=512, seed=0
                     )
-                    batches = [to_device(batch, model) for batch in recording.plan]
-                    plain = time_plain(model, batches)
+                    plain = time_plain(model, recording.plan)
                     started = time.perf_counter()
                     run = recording.run(progress=False)
                     seconds = time.perf_counter() - started
-                    plain = (plain + time_plain(model, batches)) / 2
+                    plain = (plain + time_plain(model, recording.plan)) / 2
                     if number:
                         tokens = run.info["summary"]["tokens"]
                         speeds["plain forward"].append(tokens / plain)

@@ -39,12 +39,20 @@ def logits_of(model: LiveModel, batch: DeviceBatch) -> Float[torch.Tensor, "row 
     return logits
 
 
-def time_plain(model: LiveModel, batches: Iterable[DeviceBatch]) -> float:
-    """Seconds of plain forward passes over batches, without taps, losses or records."""
-    started = time.perf_counter()
+def time_plain(model: LiveModel, batches: Iterable[Batch]) -> float:
+    """Seconds of plain forward passes over batches, nothing else counted: no tokenising, taps, losses or records."""
+    seconds = 0.0
     with torch.no_grad():
         for batch in batches:
-            logits_of(model, batch)
-    if model.device.type == "cuda":
-        torch.cuda.synchronize(model.device)
-    return time.perf_counter() - started
+            on_device = to_device(batch, model)
+            _wait_for(model.device)
+            started = time.perf_counter()
+            logits_of(model, on_device)
+            _wait_for(model.device)
+            seconds += time.perf_counter() - started
+    return seconds
+
+
+def _wait_for(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

@@ -17,6 +17,13 @@ from moescope.core.text import escaped, whole_characters
 from moescope.store.opening import open_connection
 from moescope.store.run import UNSAID_END, Run
 
+
+def check_run_name(name: str) -> None:
+    """Refuse a name that no run can have: an empty one, or one that is not Unicode text."""
+    if not name.strip() or whole_characters(name) != name:
+        raise InputError("a run needs a name of Unicode text", found=repr(name))
+
+
 # Runs this process began: another Store on the same file must not take them for abandoned.
 _BEGUN_HERE: set[str] = set()
 
@@ -80,7 +87,11 @@ class Store:
         rows = self._rows("WHERE name = $name OR CAST(run_id AS VARCHAR) = $name", {"name": name})
         if not rows:
             names = ", ".join(run.name for run in self.runs()) or "none yet"
-            raise InputError(f"{self.path} has no run called {name!r}", found=f"runs: {names}")
+            raise InputError(
+                f"{self.path} has no run called {name!r}",
+                found=f"runs: {names}",
+                fix="choose one of these, or record it",
+            )
         return rows[0]
 
     def runs(self) -> list[Run]:
@@ -99,8 +110,7 @@ class Store:
         """
         if self.read_only:
             raise InputError(f"{self.path} is open for reading only", fix="open it with Store(path)")
-        if not name.strip() or whole_characters(name) != name:
-            raise InputError("a run needs a name of Unicode text", found=repr(name))
+        check_run_name(name)
         for status, started in self.fetch("SELECT status, started_at FROM runs WHERE name = ?", [name]):
             raise InputError(
                 f"{self.path} already has a run called {name!r}",

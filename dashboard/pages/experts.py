@@ -7,7 +7,6 @@ from typing import Any
 
 import dash
 import dash_mantine_components as dmc
-import plotly.graph_objects as go
 from dash import Input, Output, State, dcc, html
 
 from moescope.analysis_api import analyze
@@ -160,9 +159,8 @@ def load_map(run: Run) -> tuple[Any, Any]:
         result = analyze(run, "load", allow_incomplete=True)
     except InputError as refused:
         return notices.refusal(refused), None
-    figure = go.Figure(result.figure())
+    figure = result.figure(titled=False)
     figure.update_layout(
-        title=None,
         margin={"l": 56, "r": 8, "t": 32, "b": 44},
         paper_bgcolor=_CLEAR,
         plot_bgcolor=_CLEAR,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 import traceback
 from typing import Annotated
 
@@ -43,19 +42,14 @@ def _options(
 
 
 def run() -> int:
-    """Run the command in `sys.argv` and give its exit code."""
+    """Run the command in `sys.argv` and give its exit code. Typer turns Ctrl-C into 130 and misuse into 2."""
     try:
         app(standalone_mode=True)
     except SystemExit as left:
-        return left.code if isinstance(left.code, int) else 0 if left.code is None else 2
+        code = left.code if isinstance(left.code, int) else 0 if left.code is None else 2
+        return _told("interrupted: what was committed is safe", code) if code == 130 else code
     except MoescopeError as error:
         return _told(str(error), error.exit_code)
-    except KeyboardInterrupt:
-        return _told("interrupted: what was committed is safe", 130)
-    except BrokenPipeError:
-        # The reader of our output left, as `head` does; point stdout elsewhere so that Python does not complain at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
     except Exception as error:  # noqa: BLE001  the last resort: a bug is told as one line, with the way to its traceback
         return _told(f"internal error: {type(error).__name__}: {error}. Run `moescope --debug …` for the traceback.", 4)
     return 0

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -82,15 +81,16 @@ def profile(
     found = corpus.facts()
     if data is None:
         news(f"no --data: using the bundled labelled corpus of {found.documents} documents")
-    run_name = _checked_name(store, name, model)
-    live = load(model, device=device, dtype=dtype, revision=revision, trust_remote_code=trust_remote_code)
     names = probe.replace(" ", "").split(",") if probe else None
+    run_name = _checked_name(store, name, model, read_only=dry_run)
+    live = load(model, device=device, dtype=dtype, revision=revision, trust_remote_code=trust_remote_code)
+    chosen = chosen_probes(live, names)
     if dry_run:
         plan = {
             "model": repr(live),
             "run": run_name,
             "store": str(store),
-            "probes": ", ".join(e.name for e in chosen_probes(live, names)),
+            "probes": ", ".join(entry.name for entry in chosen),
             "corpus": corpus.name,
             "documents": found.documents,
             "characters": found.characters,
@@ -126,13 +126,9 @@ def profile(
 
 
 def _plain_seconds(recording: Recording) -> float:
-    from moescope.probes.forward import time_plain, to_device
+    from moescope.probes.forward import time_plain
 
-    def batches() -> Iterator[Any]:
-        return (to_device(batch, recording.model) for batch in prepared)
-
-    prepared = list(recording.plan)
-    return time_plain(recording.model, batches())
+    return time_plain(recording.model, recording.plan)
 
 
 def _summary(run: Run, plain_seconds: float | None) -> dict[str, Any]:
@@ -170,13 +166,15 @@ def _tell_gaps(run: Run) -> None:
             news(f"{row['status']}: {row['site']}: {row['recorded']:,} of {row['expected']:,}: {row['detail']}")
 
 
-def _checked_name(path: Path, name: str | None, model: str) -> str:
+def _checked_name(path: Path, name: str | None, model: str, *, read_only: bool) -> str:
     """Everything about the store that can be wrong, found before the model is loaded, which can take minutes."""
-    from moescope.store.store import Store
+    from moescope.store.store import Store, check_run_name
 
+    if name is not None:
+        check_run_name(name)
     taken: set[str] = set()
     if path.exists():
-        with Store(path) as store:
+        with Store(path, read_only=read_only) as store:
             taken = {run.name for run in store.runs()}
     elif not path.parent.is_dir():
         raise InputError(f"cannot make a store at {path}", found="no such folder", fix=f"mkdir -p {path.parent}")

@@ -44,6 +44,15 @@ def finish(figure: go.Figure, *, title: str, subtitle: str) -> go.Figure:
     return figure
 
 
+def untitled(figure: go.Figure) -> go.Figure:
+    """A copy without title, for a page that shows it as a heading of its own."""
+    import plotly.graph_objects as go
+
+    copy = go.Figure(figure)
+    copy.update_layout(title=None, margin={"t": 36})
+    return copy
+
+
 def heatmap(
     values: NDArray[np.floating[Any]],
     *,

@@ -7,8 +7,6 @@ from typing import TYPE_CHECKING
 from moescope.core.text import escaped
 
 if TYPE_CHECKING:
-    import plotly.graph_objects as go
-
     from moescope.core.result import Result
 
 _STYLE = """
@@ -51,7 +49,9 @@ def result_section(result: Result, *, rows: int = 400) -> str:
         f"<p class='muted'>{escaped(result.subtitle())}</p>",
     ]
     if result.has_figure:
-        parts.append(_untitled(result).to_html(full_html=False, include_plotlyjs=False, config={"displaylogo": False}))
+        parts.append(
+            result.figure(titled=False).to_html(full_html=False, include_plotlyjs=False, config={"displaylogo": False})
+        )
     facts = "".join(f"<tr><th>{escaped(k)}</th><td>{escaped(v)}</td></tr>" for k, v in result.facts().items())
     parts.append(f"<table>{facts}</table>")
     shown = min(rows, result.table.num_rows)
@@ -63,15 +63,6 @@ def result_section(result: Result, *, rows: int = 400) -> str:
     if result.sql:
         parts.append(f"<details><summary>Query</summary><pre>{escaped(result.sql.strip())}</pre></details>")
     return "".join(parts) + "</section>"
-
-
-def _untitled(result: Result) -> go.Figure:
-    """The figure without its title, which stands above it as a heading here."""
-    import plotly.graph_objects as go
-
-    figure = go.Figure(result.figure())
-    figure.update_layout(title=None, margin={"t": 36})
-    return figure
 
 
 def table(result: Result, rows: int) -> str:

@@ -78,5 +78,5 @@ class Registry(Generic[T]):
 
 
 def _origin(item: object) -> str:
-    target = getattr(item, "function", item)
+    target = getattr(item, "function", None) or getattr(item, "layout", item)
     return f"{getattr(target, '__module__', type(item).__module__)}.{getattr(target, '__qualname__', repr(item))}"

@@ -81,11 +81,22 @@ class Result:
         assert isinstance(frame, polars.DataFrame)
         return frame
 
-    def figure(self) -> go.Figure:
-        """The Plotly figure, with n and the state of the run in its subtitle. Raises `InputError` where there is none."""
+    def figure(self, *, titled: bool = True) -> go.Figure:
+        """The Plotly figure, with n and the state of the run in its subtitle.
+
+        Args:
+            titled: leave out title and subtitle where a page shows them as its own text.
+
+        Raises:
+            InputError: this result is told by its table alone.
+        """
         if self._figure is None:
             raise InputError(f"{self.name or 'this result'} has no figure", fix="read its table: result.df()")
-        return self._figure
+        if titled:
+            return self._figure
+        from moescope.core.figures import untitled
+
+        return untitled(self._figure)
 
     @property
     def has_figure(self) -> bool:

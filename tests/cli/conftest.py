@@ -77,3 +77,17 @@ def _write(path: Path, records: Sequence[dict[str, str]]) -> Path:
 def corpus(tmp_path: Path) -> Path:
     """Three short labelled texts."""
     return _write(tmp_path / "texts.jsonl", TEXTS)
+
+
+@pytest.fixture
+def demo_loaded(demo_model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Give commands that load "demo" with default options the model already in memory; all else is loaded as ever."""
+    import moescope.probes.loading as module
+
+    plain = module.load
+
+    def load(model: str, **options: Any) -> Any:
+        default = {"device": "auto", "dtype": "auto", "revision": None, "trust_remote_code": False}
+        return demo_model if model == "demo" and options == default else plain(model, **options)
+
+    monkeypatch.setattr(module, "load", load)

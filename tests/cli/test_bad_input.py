@@ -17,7 +17,7 @@ Cli = Callable[..., Any]
 
 
 @pytest.fixture
-def profile(cli: Cli, corpus: Path, tmp_path: Path) -> Iterator[Cli]:
+def profile(cli: Cli, corpus: Path, tmp_path: Path, demo_loaded: None) -> Iterator[Cli]:
     """`moescope profile` of three texts, which must leave nothing behind that was not there before."""
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     store = tmp_path / "runs.duckdb"

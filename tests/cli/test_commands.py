@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import duckdb
 import pytest
 
 from moescope.core.versions import VERSION
@@ -62,10 +63,20 @@ def test_runs_of_a_store_without_any_say_so_on_stderr(cli: Cli, tmp_path: Path) 
 def test_runs_reads_the_store_of_this_folder_by_default(cli: Cli, tmp_path: Path) -> None:
     with Store(tmp_path / "runs.duckdb") as store:
         store.begin_run(name="base", model="demo")
+        store.connection.execute("UPDATE runs SET status = 'complete'")
     outcome = cli("runs")
     assert outcome.code == 0
-    assert "base" in outcome.out
-    assert "running" in outcome.out
+    assert outcome.out.splitlines()[1].split()[:3] == ["base", "complete", "demo"]
+
+
+def test_run_whose_recorder_was_killed_is_listed_as_incomplete(cli: Cli, tmp_path: Path) -> None:
+    Store(tmp_path / "runs.duckdb").close()
+    with duckdb.connect(str(tmp_path / "runs.duckdb")) as connection:
+        insert = "INSERT INTO runs (run_id, name, model, status, started_at) VALUES (uuid(), 'cut', 'demo', 'running', now())"
+        connection.execute(insert)
+    (run,) = cli("runs", tmp_path / "runs.duckdb", "--json").json
+    assert run["status"] == "incomplete"
+    assert "without saying so" in run["summary"]["stopped"]
 
 
 @pytest.mark.parametrize("name", HOSTILE)
@@ -81,7 +92,7 @@ def test_runs_shows_any_name_and_lets_none_steer_the_terminal(cli: Cli, tmp_path
     assert run["name"] == name
 
 
-def test_doctor_finds_the_bundled_model_sound(cli: Cli) -> None:
+def test_doctor_finds_the_bundled_model_sound_and_leaves_no_file(cli: Cli, tmp_path: Path) -> None:
     outcome = cli("doctor", "demo", "--json")
     assert outcome.code == 0, outcome.out
     found = {check["check"]: check for check in outcome.json}
@@ -89,10 +100,6 @@ def test_doctor_finds_the_bundled_model_sound(cli: Cli) -> None:
     assert VERSION in found["versions"]["found"]
     assert "bit-identical" in found["logits with taps = logits without"]["found"]
     assert "sites full" in found["record two sentences"]["found"]
-
-
-def test_doctor_leaves_no_file(cli: Cli, tmp_path: Path) -> None:
-    assert cli("doctor", "demo").code == 0
     assert list(tmp_path.iterdir()) == []
 
 
@@ -133,6 +140,7 @@ def test_data_is_plain_where_stdout_is_a_file(tmp_path: Path) -> None:
     assert done.stderr == ""
 
 
+@pytest.mark.slow
 def test_ctrl_c_while_recording_ends_with_130_and_an_incomplete_run(tmp_path: Path) -> None:
     words = "The quick brown fox jumps over the lazy dog and does not come back. " * 40
     for number in range(300):
@@ -171,6 +179,7 @@ def test_ctrl_c_while_recording_ends_with_130_and_an_incomplete_run(tmp_path: Pa
         assert len(set(store.fetch(counts)[0])) == 1
 
 
+@pytest.mark.slow
 def test_dashboard_prints_its_address_and_ends_quietly_on_ctrl_c(tmp_path: Path) -> None:
     path = _store(tmp_path / "runs.duckdb")
     command = [PROGRAM, "dashboard", str(path), "--port", "0"]

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import duckdb
 import pytest
 
 from moescope.store.store import Store
@@ -16,16 +17,17 @@ Cli = Callable[..., Any]
 
 
 @pytest.fixture
-def profile(cli: Cli, corpus: Path, tmp_path: Path) -> Cli:
+def profile(cli: Cli, corpus: Path, tmp_path: Path, demo_loaded: None) -> Cli:
     def call(*options: object, model: object = "demo") -> Any:
         return cli("profile", model, "--data", corpus, "--store", tmp_path / "runs.duckdb", *options)
 
     return call
 
 
-def test_profile_then_runs_then_report(profile: Cli, cli: Cli, tmp_path: Path) -> None:
+def test_profile_then_runs_then_report(cli: Cli, corpus: Path, tmp_path: Path) -> None:
     store, report = tmp_path / "runs.duckdb", tmp_path / "report.html"
-    profiled = profile("--name", "base", "--report", report, "--json", "--time-plain")
+    options = ["--store", store, "--name", "base", "--report", report, "--json", "--time-plain"]
+    profiled = cli("profile", "demo", "--data", corpus, *options)
     assert profiled.code == 0, profiled.err
     said = profiled.json
     assert (said["run"], said["status"], said["store"], said["report"]) == ("base", "complete", str(store), str(report))
@@ -50,7 +52,7 @@ def test_profile_then_runs_then_report(profile: Cli, cli: Cli, tmp_path: Path) -
     assert "Run base" in html
     for section in ("coverage", "nll", "load", "router_entropy", "residual_norms", "expert_maxima"):
         assert f"id='{section}'" in html
-    assert "INCOMPLETE" not in html
+    assert "INCOMPLETE RUN" not in html
 
 
 def test_without_json_facts_go_to_stdout_and_progress_to_stderr(profile: Cli) -> None:
@@ -63,8 +65,8 @@ def test_without_json_facts_go_to_stdout_and_progress_to_stderr(profile: Cli) ->
 
 
 def test_runs_are_numbered_where_no_name_is_given(profile: Cli, cli: Cli, tmp_path: Path) -> None:
-    names = [profile("--probe", "tokens", "--json").json["run"] for _ in range(3)]
-    assert names == ["demo", "demo-2", "demo-3"]
+    names = [profile("--probe", "tokens", "--json").json["run"] for _ in range(2)]
+    assert names == ["demo", "demo-2"]
     shown = cli("runs", tmp_path / "runs.duckdb")
     assert shown.err == ""
     for name in names:
@@ -117,12 +119,15 @@ def test_dry_run_says_what_would_be_done_and_makes_nothing(cli: Cli, tmp_path: P
     assert list(tmp_path.iterdir()) == []
 
 
-def test_dry_run_changes_no_run_of_the_store(profile: Cli, tmp_path: Path) -> None:
-    with Store(tmp_path / "runs.duckdb") as store:
-        store.begin_run(name="begun elsewhere")
+def test_dry_run_leaves_the_store_byte_for_byte(profile: Cli, tmp_path: Path) -> None:
+    path = tmp_path / "runs.duckdb"
+    Store(path).close()
+    with duckdb.connect(str(path)) as connection:  # a run whose recorder was killed
+        connection.execute("INSERT INTO runs (run_id, name, status) VALUES (uuid(), 'cut off', 'running')")
+    before = path.read_bytes()
     assert profile("--dry-run", "--json").code == 0
-    with Store(tmp_path / "runs.duckdb", read_only=True) as store:
-        assert [(run.name, run.status) for run in store.runs()] == [("begun elsewhere", "running")]
+    assert path.read_bytes() == before
+    assert [file.name for file in tmp_path.iterdir() if file.name.startswith("runs")] == ["runs.duckdb"]
 
 
 @pytest.fixture
@@ -156,25 +161,25 @@ def test_model_that_gives_nan_ends_incomplete_with_3_and_a_marked_report(
     assert cli("runs", tmp_path / "runs.duckdb", "--json").json[0]["status"] == "incomplete"
 
 
-def _fail_at(monkeypatch: pytest.MonkeyPatch, call: int, error: BaseException) -> None:
-    """Let the model fail at its n-th forward pass; the first is the check of the routing rule."""
+def _fail_at(monkeypatch: pytest.MonkeyPatch, batch: int, error: BaseException) -> None:
+    """Let the n-th batch fail, between the forward pass and the handing over of its records."""
     import moescope.probes.record as module
 
-    plain, calls = module.logits_of, []
+    plain, calls = module.token_nll, []
 
     def failing(*arguments: Any) -> Any:
         calls.append(1)
-        if len(calls) == call:
+        if len(calls) == batch:
             raise error
         return plain(*arguments)
 
-    monkeypatch.setattr(module, "logits_of", failing)
+    monkeypatch.setattr(module, "token_nll", failing)
 
 
 def test_model_that_fails_on_the_way_ends_with_4_and_a_failed_run(
     profile: Cli, cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    _fail_at(monkeypatch, 3, RuntimeError("the kernel\nwent away"))
+    _fail_at(monkeypatch, 2, RuntimeError("the kernel\nwent away"))
     outcome = profile("--name", "base", "--batch-size", "1")
     assert (outcome.code, outcome.out) == (4, "")
     assert "error: the model failed on the way" in outcome.err
@@ -188,7 +193,7 @@ def test_model_that_fails_on_the_way_ends_with_4_and_a_failed_run(
 def test_interruption_ends_with_130_and_keeps_whole_sequences(
     profile: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    _fail_at(monkeypatch, 4, KeyboardInterrupt())
+    _fail_at(monkeypatch, 3, KeyboardInterrupt())
     outcome = profile("--name", "base", "--batch-size", "1")
     assert outcome.code == 130
     assert "Traceback" not in outcome.err

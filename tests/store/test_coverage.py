@@ -18,14 +18,13 @@ def filled(store: Store, run: Run) -> Run:
     """Five tokens, and two decisions of each at L3 mlp."""
     other = store.begin_run(name="other")
     for owner, tokens in ((run, 5), (other, 100)):
-        for token in range(tokens):
-            store.connection.execute(
-                "INSERT INTO tokens (run_id, token, sequence_id) VALUES (?, ?, 0)", [owner.run_id, token]
-            )
-            store.connection.execute(
-                "INSERT INTO routing (run_id, token, layer, block, experts) VALUES (?, ?, 3, 'mlp', [1, 2])",
-                [owner.run_id, token],
-            )
+        numbers = "FROM range(?) AS numbers(token)"
+        insert_tokens = f"INSERT INTO tokens (run_id, token, sequence_id) SELECT ?, token, 0 {numbers}"
+        insert_routing = (
+            f"INSERT INTO routing (run_id, token, layer, block, experts) SELECT ?, token, 3, 'mlp', [1, 2] {numbers}"
+        )
+        for statement in (insert_tokens, insert_routing):
+            store.connection.execute(statement, [owner.run_id, tokens])
     return run
 
 
