@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -150,8 +151,8 @@ class BatchPlan:
                 fix="pass tokenizer=… to load, or use Corpus.from_token_ids",
             )
         fast = bool(self.tokenizer.is_fast)
-        encoded = self.tokenizer(document.text, add_special_tokens=False, return_offsets_mapping=fast, verbose=False)
-        ids = list(encoded["input_ids"])
+        options = {"add_special_tokens": False, "verbose": False}
+        ids = list(self.tokenizer(document.text, **options)["input_ids"])
         before, after = self._special_ids
         room = self.max_length - len(before) - len(after)
         if room < 1:
@@ -163,17 +164,19 @@ class BatchPlan:
             if whole := [*before, *ids, *after]:
                 yield document.text, whole
             return
+        offsets = (
+            self.tokenizer(document.text, return_offsets_mapping=True, **options)["offset_mapping"] if fast else []
+        )
         for start in range(0, len(ids), room):
             end = min(start + room, len(ids))
             if fast:
-                offsets = encoded["offset_mapping"]
                 stop = offsets[end][0] if end < len(ids) else len(document.text)
                 text = document.text[offsets[start][0] if start else 0 : stop]
             else:
                 text = self.tokenizer.decode(ids[start:end])
             yield text, [*before, *ids[start:end], *after]
 
-    @property
+    @cached_property
     def _special_ids(self) -> tuple[list[int], list[int]]:
         """Ids the tokenizer puts before and after a text."""
         plain = self.tokenizer("a", add_special_tokens=False)["input_ids"]

@@ -7,6 +7,7 @@ import plotly.graph_objects as go
 import pyarrow as pa
 
 from moescope.core.analysis import Natural, analysis
+from moescope.core.errors import InputError
 from moescope.core.figures import CHANCE, SERIES, log_axis
 from moescope.core.result import Result
 from moescope.routing.context import around, pieces
@@ -19,7 +20,7 @@ _SQL = """
     FROM experts e
     LEFT JOIN tokens t ON t.run_id = e.run_id AND t.token = e.max_abs_token
     LEFT JOIN sequences s ON s.run_id = e.run_id AND s.sequence_id = t.sequence_id
-    WHERE e.run_id = $run AND e.max_abs_out IS NOT NULL
+    WHERE e.run_id = $run AND isfinite(e.max_abs_out)
     ORDER BY value DESC, e.layer, e.block, e.expert
 """
 
@@ -37,6 +38,8 @@ def expert_maxima(run: Run, *, contexts: Natural = 40) -> Result:
         contexts: how many of the largest are shown with the text around the token.
     """
     frame = run.sql(_SQL).df()
+    if frame.empty:
+        raise InputError(f"run {run.name!r} has no finite expert output", found="no choice, NaN or infinity")
     vocabulary = pieces(run)
     frame.insert(3, "metric", "max |output|")
     frame["context"] = [

@@ -6,6 +6,7 @@ import plotly.graph_objects as go
 import pyarrow as pa
 
 from moescope.core.analysis import Count, analysis
+from moescope.core.errors import InputError
 from moescope.core.figures import CHANCE, SERIES, log_axis
 from moescope.core.result import Result
 from moescope.routing.context import around, pieces
@@ -22,7 +23,7 @@ _SQL = """
         FROM residual r
         JOIN tokens t ON t.run_id = r.run_id AND t.token = r.token
         JOIN residual_sequences m ON m.run_id = r.run_id AND m.sequence_id = t.sequence_id AND m.layer = r.layer
-        WHERE r.run_id = $run
+        WHERE r.run_id = $run AND isfinite(r.top_values[1]) AND isfinite(m.median_abs)
     )
     SELECT * FROM ranked WHERE rank <= $top ORDER BY layer, rank
 """
@@ -45,6 +46,10 @@ def residual_maxima(run: Run, *, top: Count = 3) -> Result:
         top: tokens shown a layer.
     """
     frame = run.sql(_SQL, {"top": top}).df()
+    if frame.empty:
+        raise InputError(
+            f"run {run.name!r} has no finite activation", found="only NaN or infinity: the model overflowed"
+        )
     frame.insert(1, "metric", "max |x|")
     frame["massive"] = (frame["value"].abs() > 100) & (frame["ratio"] >= 1000)
     vocabulary = pieces(run)

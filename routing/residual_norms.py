@@ -6,6 +6,7 @@ import plotly.graph_objects as go
 import pyarrow as pa
 
 from moescope.core.analysis import analysis
+from moescope.core.errors import InputError
 from moescope.core.figures import SERIES, log_axis
 from moescope.core.result import Result
 from moescope.store.run import Run
@@ -21,7 +22,7 @@ _SQL = """
         count(*) AS n
     FROM residual r
     JOIN tokens t ON t.run_id = r.run_id AND t.token = r.token
-    WHERE r.run_id = $run
+    WHERE r.run_id = $run AND isfinite(r.norm)
     GROUP BY r.layer
     ORDER BY r.layer
 """
@@ -36,6 +37,10 @@ def residual_norms(run: Run) -> Result:
     Median and the 5th and 95th percentile over tokens of the L2 norm at each block's output, with the mean over first tokens.
     """
     frame = run.sql(_SQL).df()
+    if frame.empty:
+        raise InputError(
+            f"run {run.name!r} has no finite residual norm", found="only NaN or infinity: the model overflowed"
+        )
     frame.insert(1, "metric", "median L2 norm")
     first, last = frame.iloc[0], frame.iloc[-1]
     peak = frame.loc[(frame["first_token"] / frame["value"]).idxmax()]

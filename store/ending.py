@@ -12,7 +12,7 @@ from moescope.core.errors import RunError
 from moescope.core.json_data import to_json
 from moescope.store.coverage import Expectation, settle
 from moescope.store.run import Run
-from moescope.store.store import Store
+from moescope.store.store import Store, forget_begun
 from moescope.store.transaction import transaction
 
 
@@ -34,6 +34,7 @@ def end_run(
                 [status, datetime.now(UTC).replace(tzinfo=None), to_json(summary), run.run_id],
             )
     except duckdb.Error as refused:
+        forget_begun(run)
         if not failed:
             raise RunError(
                 f"the ledger of run {run.name!r} could not be written",

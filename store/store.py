@@ -28,6 +28,11 @@ def check_run_name(name: str) -> None:
 _BEGUN_HERE: set[str] = set()
 
 
+def forget_begun(run: Run) -> None:
+    """A run whose end could not be written is abandoned after all."""
+    _BEGUN_HERE.discard(run.run_id)
+
+
 class Store:
     """A DuckDB file holding runs. One process may have it open for writing, or many for reading.
 

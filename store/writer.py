@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import queue
 import threading
 import time
 from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 import duckdb
@@ -22,7 +24,7 @@ CHUNK_SECONDS = 30.0
 _QUEUE = 3
 # What DuckDB may keep in memory while it writes. Without a limit it keeps every block it wrote, and memory grows with the
 # corpus; beyond it, a large transaction goes through its temporary folder.
-_MEMORY = "128MiB"
+_MEMORY = "96MiB"
 
 
 @dataclass
@@ -54,7 +56,7 @@ class RunWriter:
         self, store: Store, run_id: str, *, chunk_rows: int = CHUNK_ROWS, chunk_seconds: float = CHUNK_SECONDS
     ) -> None:
         self._cursor = store.cursor()
-        self._cursor.execute(f"SET memory_limit = '{_MEMORY}'")
+        self._settings = _frugal(self._cursor)
         self._run_id = run_id
         self._chunk_rows, self._chunk_seconds = chunk_rows, chunk_seconds
         self._queue: queue.Queue[Callable[[], BatchRecords] | None] = queue.Queue(maxsize=_QUEUE)
@@ -91,7 +93,7 @@ class RunWriter:
             except queue.Full:
                 continue
         self._thread.join()
-        self._cursor.execute("RESET memory_limit")
+        _put_back(self._cursor, self._settings)
         self._cursor.close()
         self.check()
 
@@ -176,6 +178,27 @@ class RunWriter:
             [self._run_id],
         )
         self._cursor.unregister("moescope_rows")
+
+
+def _frugal(connection: duckdb.DuckDBPyConnection) -> dict[str, str]:
+    """Leave memory and most cores to the model while it runs; gives the settings as they were.
+
+    A store whose configuration is locked is used as it is.
+    """
+    wanted = {"memory_limit": _MEMORY, "threads": str(max(1, (os.cpu_count() or 1) // 4))}
+    before: dict[str, str] = {}
+    with suppress(duckdb.Error):
+        for name, value in wanted.items():
+            found = str(connection.execute(f"SELECT current_setting('{name}')").fetchall()[0][0])
+            connection.execute(f"SET {name} = '{value}'")
+            before[name] = found
+    return before
+
+
+def _put_back(connection: duckdb.DuckDBPyConnection, settings: dict[str, str]) -> None:
+    for name, value in settings.items():
+        with suppress(duckdb.Error):  # what broke the store is told by whoever met it first
+            connection.execute(f"SET {name} = '{value}'")
 
 
 def _explained(error: BaseException) -> MoescopeError:

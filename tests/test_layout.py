@@ -10,6 +10,7 @@ import json
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 import zipfile
 from collections.abc import Iterator, Sequence
@@ -78,7 +79,7 @@ def _imports(name: str, path: Path) -> Iterator[str]:
 
 def _python(code: str, *arguments: str) -> str:
     command = [sys.executable, "-c", code, *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT / "docs", timeout=300, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tempfile.gettempdir(), timeout=300, check=False)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -169,7 +170,7 @@ def _seconds(*command: str) -> float:
     best = float("inf")
     for _ in range(6):
         start = time.perf_counter()
-        subprocess.run(command, check=True, capture_output=True, cwd=ROOT / "docs")
+        subprocess.run(command, check=True, capture_output=True, cwd=tempfile.gettempdir())
         best = min(best, time.perf_counter() - start)
     return best
 

@@ -198,13 +198,18 @@ _MISFIT = object()
 
 
 def _parameter(declared: inspect.Parameter, hint: Any) -> Parameter:
-    base, *extras = get_args(hint) if get_origin(hint) is Annotated else (hint,)
-    minimum = next((extra.value for extra in extras if isinstance(extra, AtLeast)), None)
-    return Parameter(declared.name, base, declared.default, minimum)
+    limits = [extra for part in _parts(hint) if get_origin(part) is Annotated for extra in part.__metadata__]
+    minimum = next((limit.value for limit in limits if isinstance(limit, AtLeast)), None)
+    plain = get_args(hint)[0] if get_origin(hint) is Annotated else hint
+    return Parameter(declared.name, plain, declared.default, minimum)
+
+
+def _parts(annotation: Any) -> tuple[Any, ...]:
+    return get_args(annotation) if get_origin(annotation) in (types.UnionType, typing.Union) else (annotation,)
 
 
 def _alternatives(annotation: Any) -> tuple[Any, ...]:
-    return get_args(annotation) if get_origin(annotation) in (types.UnionType, typing.Union) else (annotation,)
+    return tuple(get_args(part)[0] if get_origin(part) is Annotated else part for part in _parts(annotation))
 
 
 def _convert(value: Any, kind: Any) -> Any:

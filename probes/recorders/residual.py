@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pyarrow as pa
 import torch
+from numpy.typing import NDArray
 
 from moescope.core.probe import probe
 from moescope.core.sites import RESID_POST, Site
 from moescope.probes.anatomy import Anatomy
 from moescope.probes.arrow_rows import triples
 from moescope.probes.probe import HostBatch, Probe, Tensors
-from moescope.probes.selection import largest_channels, median_abs
+from moescope.probes.selection import largest_and_median
 from moescope.store.coverage import Expectation
 from moescope.store.writer import BatchRecords
 
@@ -30,50 +33,48 @@ class ResidualProbe(Probe):
     def tap(self, site: Site, tensors: Tensors) -> Tensors:
         """Reduce [row, position, d_model] to five numbers a token and one a row."""
         stream, mask = tensors["resid"].detach(), tensors["mask"]
-        channels = largest_channels(stream, 3)
+        channels, medians = largest_and_median(stream, mask, 3)
         return {
             "norm": torch.linalg.vector_norm(stream, dim=-1, dtype=torch.float32).flatten(),
             "channels": channels.to(torch.int32).flatten(0, 1),
             "values": stream.gather(-1, channels).float().flatten(0, 1),
-            "median": median_abs(stream, mask),
+            "median": medians,
         }
 
     def rows(self, host: HostBatch, records: BatchRecords) -> None:
-        """Rows of `residual` and `residual_sequences`."""
-        tokens, sequences = [], []
-        ids = [s.sequence_id for s in host.batch.sequences]
-        for site in self.sites(self.context.anatomy):
-            kept = host.kept.get(site)
-            if kept is None:
-                continue  # the ledger finds the gap
-            norm = kept["norm"].take(host.real)
+        """Rows of `residual` and `residual_sequences`, all layers at once."""
+        sites = [site for site in self.sites(self.context.anatomy) if site in host.kept]  # the ledger finds a gap
+        if not sites:
+            return
+
+        def stacked(name: str, places: NDArray[np.int64]) -> NDArray[Any]:
+            return np.concatenate([host.kept[site][name].take(places, axis=0) for site in sites])
+
+        norm = stacked("norm", host.real)
+        self._check(sites, norm.reshape(len(sites), -1))
+        layers = np.array([site.layer for site in sites], np.uint16)
+        sequences = np.array([s.sequence_id for s in host.batch.sequences])
+        records.tables["residual"] = pa.table(
+            {
+                "token": np.tile(host.token, len(sites)),
+                "layer": np.repeat(layers, len(host.real)),
+                "norm": norm,
+                "top_values": triples(stacked("values", host.real), pa.float32()),
+                "top_channels": triples(stacked("channels", host.real).astype(np.uint16), pa.uint16()),
+            }
+        )
+        records.tables["residual_sequences"] = pa.table(
+            {
+                "sequence_id": np.tile(sequences, len(sites)),
+                "layer": np.repeat(layers, len(sequences)),
+                "median_abs": stacked("median", np.arange(len(sequences))),
+            }
+        )
+
+    def _check(self, sites: list[Site], norms: NDArray[np.float32]) -> None:
+        for site, norm in zip(sites, norms, strict=True):
             if not np.isfinite(norm).all():
                 self.context.report(site, "some activations are NaN or infinite")
-            tokens.append(
-                pa.table(
-                    {
-                        "token": host.token,
-                        "layer": pa.array(np.full(len(norm), site.layer, np.uint16)),
-                        "norm": pa.array(norm, pa.float32()),
-                        "top_values": triples(kept["values"].take(host.real, axis=0), pa.float32()),
-                        "top_channels": triples(
-                            kept["channels"].take(host.real, axis=0).astype(np.uint16), pa.uint16()
-                        ),
-                    }
-                )
-            )
-            sequences.append(
-                pa.table(
-                    {
-                        "sequence_id": pa.array(ids, pa.int64()),
-                        "layer": pa.array(np.full(len(ids), site.layer, np.uint16)),
-                        "median_abs": pa.array(kept["median"], pa.float32()),
-                    }
-                )
-            )
-        if tokens:
-            records.tables["residual"] = pa.concat_tables(tokens)
-            records.tables["residual_sequences"] = pa.concat_tables(sequences)
 
     def expectations(self, tokens: int, sequences: int) -> list[Expectation]:
         """A row a token, and a median a sequence, at every layer."""

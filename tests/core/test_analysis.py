@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moescope.core.analysis import Analysis, Parameter
+from moescope.core.analysis import Analysis, Count, Natural, Parameter
 from moescope.core.errors import IncompleteError, InputError
 from moescope.core.result import Result
 
@@ -239,3 +239,24 @@ def test_one_incomplete_run_of_two_marks_the_comparison() -> None:
 
 def test_figure_of_a_complete_run_is_not_marked() -> None:
     assert "INCOMPLETE" not in ONE([FakeRun()], {}).figure().layout.title.subtitle.text
+
+
+def counted(run: FakeRun, *, draws: Count = 100, contexts: Natural = 5, top: Count | None = None) -> Result:
+    """How many?"""
+    return _result()
+
+
+COUNTED = Analysis("counted", counted, 1, (), "s", None, 1)
+
+
+@pytest.mark.parametrize(("name", "value"), [("draws", 1), ("contexts", 0), ("draws", "1"), ("top", None), ("top", 1)])
+def test_smallest_value_of_a_count_is_taken(name: str, value: Any) -> None:
+    assert COUNTED([FakeRun()], {name: value}).parameters[name] == (int(value) if value is not None else None)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "least"), [("draws", 0, 1), ("draws", "-7", 1), ("contexts", -1, 0), ("top", 0, 1)]
+)
+def test_number_below_the_smallest_is_refused_with_it(name: str, value: Any, least: int) -> None:
+    with pytest.raises(InputError, match=rf"parameter '{name}' cannot be .*at least {least}"):
+        COUNTED([FakeRun()], {name: value})

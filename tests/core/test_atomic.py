@@ -50,6 +50,17 @@ def test_file_before_it_is_replaced(tmp_path: Path) -> None:
     assert target.read_text() == "new"
 
 
+def test_reader_of_the_file_before_it_goes_on_reading_that(tmp_path: Path) -> None:
+    """The name changes hands at once: nobody ever sees half of the new file, or the old one emptied."""
+    target = tmp_path / "a.txt"
+    target.write_text("old")
+    with target.open() as reader:
+        with written_whole(target) as partial:
+            partial.write_text("new")
+        assert reader.read() == "old"
+    assert target.read_text() == "new"
+
+
 def test_missing_folder_is_named_with_the_command_that_makes_it(tmp_path: Path) -> None:
     target = tmp_path / "no" / "such" / "a.txt"
     with pytest.raises(InputError, match=r"no such folder.*mkdir -p .*no/such"), written_whole(target):

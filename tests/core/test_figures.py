@@ -9,7 +9,7 @@ import plotly.graph_objects as go
 import pytest
 from numpy.typing import NDArray
 
-from moescope.core.figures import DIVERGING, SERIES, finish, heatmap
+from moescope.core.figures import DIVERGING, SERIES, finish, heatmap, log_axis, plain
 
 
 def _drawn(values: NDArray[np.float64], *, diverging: bool = False) -> go.Heatmap:
@@ -91,3 +91,24 @@ def test_series_colours_stay_apart_without_red_and_without_green_cones() -> None
         seen = [matrix @ _linear(colour) for colour in SERIES]
         closest = min(np.linalg.norm(a - b) for a, b in itertools.combinations(seen, 2))
         assert closest > 0.05
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("<b>x</b>", "&lt;b&gt;x&lt;/b&gt;"),
+        ("a & b", "a &amp; b"),
+        ("one\ntwo\r\nthree", "one two three"),
+        ("\u202egnp.exe", "\ufffdgnp.exe"),
+        ("日本 'ü'", "日本 'ü'"),
+    ],
+)
+def test_plain_text_is_shown_letter_by_letter_on_one_line(text: str, shown: str) -> None:
+    assert plain(text) == shown
+
+
+@pytest.mark.parametrize("values", [[], [0.0], [np.nan], [1.0, 2.0], [1e-9, 1e12], [-1.0, 5.0]])
+def test_logarithmic_axis_stands_any_values(values: list[float]) -> None:
+    figure = go.Figure(go.Scatter(y=values))
+    log_axis(figure, title="norm", values=values)
+    assert (figure.layout.yaxis.type, figure.layout.yaxis.title.text) == ("log", "norm")

@@ -367,3 +367,60 @@ def test_a_closed_store_is_refused(
     store.close()
     with pytest.raises(ms.StoreError, match="is closed"):
         record_ids(tiny_model("llama"), token_ids((3,)))
+
+
+def test_recording_leaves_the_stores_settings_as_they_were(
+    store: Any, tiny_model: Callable[..., Any], token_ids: Callable[..., Any], record_ids: Callable[..., Any]
+) -> None:
+    store.connection.execute("SET memory_limit = '1234MB'")
+
+    def settings() -> dict[str, str]:
+        return dict(store.fetch("SELECT name, value FROM duckdb_settings()"))
+
+    before = settings()
+    record_ids(tiny_model("llama"), token_ids((3,)))
+    assert settings() == before
+
+
+def test_a_store_with_a_locked_configuration_can_be_recorded_into(
+    store: Any, tiny_model: Callable[..., Any], token_ids: Callable[..., Any], record_ids: Callable[..., Any]
+) -> None:
+    """As the dashboard opens it."""
+    store.connection.execute("SET lock_configuration = true")
+    assert record_ids(tiny_model("llama"), token_ids((3,))).status == "complete"
+
+
+def test_a_fatal_error_of_the_store_is_a_run_error(
+    store: Any,
+    tiny_model: Callable[..., Any],
+    token_ids: Callable[..., Any],
+    record_ids: Callable[..., Any],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """After a fatal error DuckDB refuses every further statement, whatever it is."""
+
+    class Invalidated:
+        def __init__(self, connection: Any) -> None:
+            self.connection, self.dead = connection, False
+
+        def execute(self, query: str, *parameters: Any) -> Any:
+            if self.dead or "routing" in query:
+                self.dead = True
+                raise duckdb.FatalException(
+                    "FATAL Error: database has been invalidated because of a previous fatal error"
+                )
+            return self.connection.execute(query, *parameters)
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self.connection, name)
+
+    plain = RunWriter.__init__
+
+    def invalidated(self: Any, *args: Any, **kwargs: Any) -> None:
+        plain(self, *args, **kwargs)
+        self._cursor = Invalidated(self._cursor)
+
+    monkeypatch.setattr(RunWriter, "__init__", invalidated)
+    with pytest.raises(ms.RunError, match="invalidated"):
+        record_ids(tiny_model("qwen3_moe"), token_ids(LENGTHS), batch_size=2)
+    assert store.run("run").status == "failed"

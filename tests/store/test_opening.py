@@ -84,7 +84,7 @@ def test_duckdb_file_of_another_program_is_refused_and_left_as_it_is(
     path: Path, statements: list[str], read_only: bool
 ) -> None:
     before = _other_program(path, *statements)
-    with pytest.raises(StoreError):
+    with pytest.raises(StoreError, match="belongs to another program"):
         Store(path, read_only=read_only)
     assert path.read_bytes() == before
 
