@@ -180,25 +180,27 @@ class RunWriter:
         self._cursor.unregister("moescope_rows")
 
 
-def _frugal(connection: duckdb.DuckDBPyConnection) -> dict[str, str]:
-    """Leave memory and most cores to the model while it runs; gives the settings as they were.
+def _frugal(connection: duckdb.DuckDBPyConnection) -> list[str]:
+    """Leave memory and most cores to the model while it runs; gives the settings changed.
 
-    A store whose configuration is locked is used as it is.
+    What the user has set stays, and a store whose configuration is locked is used as it is. (A memory limit cannot be put
+    back exactly: DuckDB tells it rounded. So only its default is ever replaced.)
     """
     wanted = {"memory_limit": _MEMORY, "threads": str(max(1, (os.cpu_count() or 1) // 4))}
-    before: dict[str, str] = {}
-    with suppress(duckdb.Error):
+    changed: list[str] = []
+    with duckdb.connect(":memory:") as untouched, suppress(duckdb.Error):
         for name, value in wanted.items():
-            found = str(connection.execute(f"SELECT current_setting('{name}')").fetchall()[0][0])
-            connection.execute(f"SET {name} = '{value}'")
-            before[name] = found
-    return before
+            query = f"SELECT current_setting('{name}')"
+            if connection.execute(query).fetchall() == untouched.execute(query).fetchall():
+                connection.execute(f"SET {name} = '{value}'")
+                changed.append(name)
+    return changed
 
 
-def _put_back(connection: duckdb.DuckDBPyConnection, settings: dict[str, str]) -> None:
-    for name, value in settings.items():
+def _put_back(connection: duckdb.DuckDBPyConnection, changed: list[str]) -> None:
+    for name in changed:
         with suppress(duckdb.Error):  # what broke the store is told by whoever met it first
-            connection.execute(f"SET {name} = '{value}'")
+            connection.execute(f"RESET {name}")
 
 
 def _explained(error: BaseException) -> MoescopeError:
