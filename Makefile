@@ -27,6 +27,7 @@ test-gpu: $(VENV)/.ready-test
 
 lint: $(VENV)/.ready-test
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check --quiet .
 
 # The type checker reads the wheel: in an editable install the mapped folders do not show under `moescope`.
 types: $(VENV)/.ready-test
