@@ -17,6 +17,9 @@ import numpy as np
 import pytest
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may depend on the network
+# Read when torch is first imported. Without it, torch's threads spin while they wait for each other: on a busy machine the
+# many small products of tiny models then take seven times as long.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 VOCABULARY = 97
 _COMMON: dict[str, Any] = {
