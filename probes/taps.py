@@ -24,10 +24,17 @@ def tapped(model: nn.Module, anatomy: Anatomy, sites: Collection[Site], receive:
     """Call `receive(site, tensors)` whenever the model passes one of `sites`.
 
     Tensors at each site, as the model really used them:
-        `blocks.{L}.hook_resid_post`: resid [row, position, d_model]
+        `blocks.{L}.hook_resid_pre`, `…hook_resid_post`: resid [row, position, d_model]
+        `blocks.{L}.hook_attn_out`, `…hook_mlp_out`: out [row, position, d_model]
         `….hook_router_logits`: logits [row · position, n_experts]
-        `….hook_expert_indices`: indices, weights [row · position, k], as given to the experts
+        `….hook_expert_indices`, `….hook_expert_weights`: indices, weights [row · position, k], as given to the experts
         `….experts.hook_out`: out [row · position, k, d_model], indices, weights
+        `….experts.hook_post`: post [row · position · k, d_expert] in the order in which the kernel computes, slot (which
+            row · position · k place each of them is), indices, weights
+        `….shared_expert.hook_out`: out [row · position or row, position, d_model]
+        `blocks.{L}.mlp.hook_post`: post [row, position, d_mlp]
+        `….hook_pattern`: pattern [row, head, query, key]
+        `….hook_q`, `hook_k`, `hook_v`, `hook_z`: q, k, v, z [row, position, head, d_head]
 
     Raises:
         InputError: a site this model does not have.

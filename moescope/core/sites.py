@@ -14,11 +14,19 @@ from moescope.core.errors import InputError
 _SITE = re.compile(r"blocks\.(?P<layer>\d+)\.(?P<rest>[\w.]+)")
 _BLOCK = re.compile(r"(?P<block>(?:mlp|attn)(?:\.\d+)?)\.(?P<tensor>.+)")
 
+RESID_PRE = "hook_resid_pre"
 RESID_POST = "hook_resid_post"
+ATTN_OUT = "hook_attn_out"
+MLP_OUT = "hook_mlp_out"
 ROUTER_LOGITS = "hook_router_logits"
 EXPERT_INDICES = "hook_expert_indices"
 EXPERT_WEIGHTS = "hook_expert_weights"
 EXPERT_OUT = "experts.hook_out"
+EXPERT_POST = "experts.hook_post"
+SHARED_OUT = "shared_expert.hook_out"
+DENSE_POST = "hook_post"
+PATTERN = "hook_pattern"
+HEAD_Z, HEAD_Q, HEAD_K, HEAD_V = "hook_z", "hook_q", "hook_k", "hook_v"
 
 
 @dataclass(frozen=True, order=True)
