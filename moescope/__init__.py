@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from moescope.core.result import Result
     from moescope.probes.anatomy import Anatomy
     from moescope.probes.corpus import Corpus
+    from moescope.probes.custom_layers import register_moe
     from moescope.probes.live_model import LiveModel
     from moescope.probes.loading import load
     from moescope.probes.record import record
@@ -41,6 +42,7 @@ _HOME = {
     "analyze": "moescope.analysis_api",
     "load": "moescope.probes.loading",
     "record": "moescope.probes.record",
+    "register_moe": "moescope.probes.custom_layers",
     "write_report": "moescope.report.write",
 }
 
@@ -60,6 +62,7 @@ __all__ = [
     "analyze",
     "load",
     "record",
+    "register_moe",
     "write_report",
 ]
 

@@ -1,4 +1,4 @@
-"""From documents to numbered batches: tokenised, split at the context, padded at the right."""
+"""From documents to numbered batches: tokenised, split at the context, padded at one side."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,6 +16,8 @@ from moescope.core.errors import InputError
 from moescope.core.text import whole_characters
 from moescope.probes.corpus import Corpus, Document
 from moescope.probes.corpus_files import BadRecord
+
+Side = Literal["left", "right"]
 
 
 @dataclass(frozen=True)
@@ -57,13 +59,11 @@ class Batch:
     Attributes:
         number: 0-based place in the plan.
         sequences: its rows.
-        first_token: run-wide number of its first unmasked token.
         characters: characters of corpus read up to its end, for progress.
     """
 
     number: int
     sequences: tuple[Sequence, ...]
-    first_token: int
     characters: int
 
     @property
@@ -76,10 +76,11 @@ class Batch:
         """Unmasked tokens."""
         return int(self.lengths.sum())
 
-    def padded(self, pad_id: int) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
-        """Token ids [row, position] padded at the right, and the mask of real tokens."""
+    def padded(self, pad_id: int, *, side: Side = "right") -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+        """Token ids [row, position] padded at one side, and the mask of real tokens."""
         lengths = self.lengths
-        mask = np.arange(lengths.max())[None, :] < lengths[:, None]
+        columns = np.arange(lengths.max())[None, :]
+        mask = columns >= lengths.max() - lengths[:, None] if side == "left" else columns < lengths[:, None]
         ids = np.full(mask.shape, pad_id, dtype=np.int64)
         ids[mask] = np.concatenate([s.token_ids for s in self.sequences])
         return ids, mask
@@ -109,16 +110,15 @@ class BatchPlan:
     def __iter__(self) -> Iterator[Batch]:
         self.split_documents = self.single_tokens = 0
         rows: list[Sequence] = []
-        number = token = characters = 0
+        number = characters = 0
         for sequence in self._sequences():
             rows.append(sequence)
             characters += len(sequence.text) or len(sequence.token_ids)
             if len(rows) == self.batch_size:
-                batch = Batch(number, tuple(rows), token, characters)
-                yield batch
-                number, token, rows = number + 1, token + batch.tokens, []
+                yield Batch(number, tuple(rows), characters)
+                number, rows = number + 1, []
         if rows:
-            yield Batch(number, tuple(rows), token, characters)
+            yield Batch(number, tuple(rows), characters)
 
     def _sequences(self) -> Iterator[Sequence]:
         sequence_id = document_id = 0

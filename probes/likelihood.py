@@ -20,8 +20,9 @@ def token_nll(
         ids: the tokens the model was given.
 
     Returns:
-        nll in nats (equal to `CrossEntropyLoss` on float32 logits), NaN at position 0, where nothing was predicted; and the
-        arg-max of the logits at each position. Nothing is read back to the host.
+        nll in nats (equal to `CrossEntropyLoss` on float32 logits), NaN at column 0, where nothing was predicted (with
+        padding at the left, the value at a sequence's first token means nothing either); and the arg-max of the logits
+        at each position. Nothing is read back to the host.
 
     Example:
         >>> nll, best = token_nll(torch.zeros(1, 2, 4), torch.tensor([[1, 3]]))
@@ -38,13 +39,13 @@ def token_nll(
         part = slice(start, start + step)
         scores = flat[part].float()
         losses[part] = F.cross_entropy(scores, following[part], reduction="none")
-        best[part] = _argmax(scores)
+        best[part] = most_likely(scores)
     shifted = torch.full((rows, positions), torch.nan, device=logits.device)
     shifted[:, 1:] = losses.reshape(rows, positions)[:, :-1]
     return shifted, best.reshape(rows, positions)
 
 
-def _argmax(scores: Float[torch.Tensor, "token vocabulary"]) -> Int[torch.Tensor, " token"]:
+def most_likely(scores: Float[torch.Tensor, "token vocabulary"]) -> Int[torch.Tensor, " token"]:
     """The first largest score of each row; on a CPU by NumPy, which is some five times faster at it than torch."""
     if scores.device.type == "cpu":
         return torch.from_numpy(scores.numpy().argmax(-1))

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from moescope.core.errors import InputError
+from moescope.core.sites import Site
 from moescope.core.text import escaped
 from moescope.probes.anatomy import Anatomy, find_anatomy
+from moescope.probes.custom_layers import custom_layer
+
+if TYPE_CHECKING:
+    from moescope.probes.foreign.cache import SiteCache
 
 
 class LiveModel:
@@ -28,14 +33,15 @@ class LiveModel:
         self.tokenizer = tokenizer
         self.name = name
         self.revision = revision
+        _ = self.anatomy  # an unknown architecture is refused now, not in the middle of a run
         output = getattr(module, "get_output_embeddings", None)
-        if output is None or output() is None:
+        of_ones_own = any(custom_layer(m) for m in module.modules())
+        if not of_ones_own and (output is None or output() is None):
             raise InputError(
                 f"{type(module).__name__} gives no next-token logits",
                 expected="a causal language model with its head",
                 fix="load it with AutoModelForCausalLM, or pass its name to load",
             )
-        _ = self.anatomy  # an unknown architecture is refused now, not in the middle of a run
 
     @cached_property
     def anatomy(self) -> Anatomy:
@@ -44,9 +50,21 @@ class LiveModel:
 
     @property
     def device(self) -> torch.device:
-        """Where inputs go: the device of the embeddings."""
-        parameter = next(self.module.parameters())
-        return parameter.device
+        """Where inputs go: the device of the embeddings, whatever devices the other layers are on."""
+        getter: Any = getattr(self.module, "get_input_embeddings", None)
+        embeddings = getter() if callable(getter) else None
+        parameter = next((embeddings if isinstance(embeddings, nn.Module) else self.module).parameters())
+        if not parameter.is_meta:
+            return parameter.device
+        # Weights that accelerate brings in only while a module runs; its hook knows where to.
+        hook = getattr(embeddings, "_hf_hook", None)
+        return torch.device(getattr(hook, "execution_device", None) or "cpu")
+
+    @property
+    def devices(self) -> list[str]:
+        """Every device that holds weights, the inputs' first."""
+        held = {str(p.device) for p in self.module.parameters() if not p.is_meta}
+        return [str(self.device), *sorted(held - {str(self.device)})]
 
     @property
     def dtype(self) -> torch.dtype:
@@ -69,11 +87,37 @@ class LiveModel:
         config = getattr(self.module, "config", None)
         return {
             "dtype": str(self.dtype).removeprefix("torch."),
-            "device": str(self.device),
+            "device": ", ".join(self.devices),
             "threads": torch.get_num_threads(),
             "attention": getattr(config, "_attn_implementation", None),
             "experts": getattr(config, "_experts_implementation", None),
         }
+
+    @property
+    def sites(self) -> list[Site]:
+        """Every site this model has, layer by layer."""
+        from moescope.probes.taps import sites_of
+
+        return sites_of(self.module, self.anatomy)
+
+    def run_with_cache(self, text: Any, names_filter: Any = None) -> tuple[torch.Tensor, SiteCache]:
+        """One forward pass and its tensors at every site; see `moescope.probes.foreign.cache.run_with_cache`."""
+        from moescope.probes.foreign.cache import run_with_cache
+
+        return run_with_cache(self, text, names_filter)
+
+    def trace(self, *inputs: Any, **options: Any) -> Any:
+        """nnsight's tracing context over this model; modules are named through `self.nnsight`."""
+        from moescope.probes.foreign.trace import trace
+
+        return trace(self, *inputs, **options)
+
+    @property
+    def nnsight(self) -> Any:
+        """nnsight's wrapper around this model: `with m.trace(ids): h = m.nnsight.model.layers[0].output.save()`."""
+        from moescope.probes.foreign.trace import wrapped
+
+        return wrapped(self)
 
     def __repr__(self) -> str:
         a = self.anatomy

@@ -12,18 +12,21 @@ from safetensors import SafetensorError
 from torch import nn
 
 from moescope.core.errors import InputError
+from moescope.probes.foreign.opening import opened
 from moescope.probes.live_model import LiveModel
 
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 _SAMPLE = 1 << 20
-_EXPECTED = '"demo", a Hub id, a folder, a .gguf file or an nn.Module'
+Place = torch.device | str | dict[str, Any]
+_EXPECTED = '"demo", a Hub id, a folder, a .gguf file, an nn.Module, a TransformerLens or an nnsight model'
 
 
 def load(
-    model: str | Path | nn.Module,
+    model: str | Path | nn.Module | Any,
     *,
     tokenizer: Any = None,
     device: str = "auto",
+    device_map: str | dict[str, Any] | None = None,
     dtype: str = "auto",
     revision: str | None = None,
     trust_remote_code: bool = False,
@@ -31,11 +34,16 @@ def load(
     """Load a model to record.
 
     Args:
-        model: "demo" for the bundled MoE; a Hub id; a folder with config, weights and tokenizer; a .gguf file; or a
-            transformers module already in memory.
+        model: "demo" for the bundled MoE; a Hub id; a folder with config, weights and tokenizer; a .gguf file; a
+            transformers module already in memory; or a model of another library: TransformerLens (`HookedTransformer`,
+            `TransformerBridge`), recorded on the weights it has, or nnsight.
         tokenizer: to use instead of the model's own; for a module, its tokenizer. Without one, only corpora of token ids
             can be recorded.
-        device: "auto" (CUDA where there is one; a module stays where it is), or any torch device.
+        device: "auto" (CUDA where there is one; a module stays where it is), or any torch device. All of the model goes
+            there.
+        device_map: spread the model over several devices instead: "auto" (fill the accelerators, then main memory, then
+            disk), or a dict from names of modules to devices; as in transformers' `from_pretrained`, and only for models
+            that load reads itself. Taps work on each layer's own device.
         dtype: "auto" (as stored), "float32", "bfloat16" or "float16"; a module is converted in place.
         revision: branch, tag or commit on the Hub.
         trust_remote_code: run Python code that comes with the model. Off, as it should be for models you do not know.
@@ -53,20 +61,31 @@ def load(
         False
     """
     target, kind = _device(device), _dtype(dtype)
+    _check_map(model, device, device_map)
+    if not isinstance(model, (str, Path)):
+        model, tokenizer = opened(model, tokenizer, moved=(device, dtype) != ("auto", "auto"))
+        if isinstance(model, LiveModel):
+            return model
     if isinstance(model, nn.Module):
         module = model if device == "auto" else model.to(target)
         module = module if isinstance(kind, str) else module.to(kind)
         return LiveModel(module, tokenizer, name=type(model).__name__)
     if not isinstance(model, (str, Path)):
         raise InputError(f"cannot load a {type(model).__name__}", expected=_EXPECTED)
-    loaded = _named(model, device=target, dtype=kind, revision=revision, trust_remote_code=trust_remote_code)
+    loaded = _named(
+        model,
+        device=target if device_map is None else device_map,
+        dtype=kind,
+        revision=revision,
+        trust_remote_code=trust_remote_code,
+    )
     if tokenizer is not None:
         loaded.tokenizer = tokenizer
     return loaded
 
 
 def _named(
-    model: str | Path, *, device: torch.device, dtype: torch.dtype | str, revision: str | None, trust_remote_code: bool
+    model: str | Path, *, device: Place, dtype: torch.dtype | str, revision: str | None, trust_remote_code: bool
 ) -> LiveModel:
     """A model by its name, folder or file."""
     if str(model) == "demo":
@@ -110,7 +129,7 @@ def _from_transformers(
     source: str | Path,
     *,
     name: str,
-    device: torch.device,
+    device: Place,
     dtype: torch.dtype | str,
     revision: str | None = None,
     hub_revision: str | None = None,
@@ -123,13 +142,16 @@ def _from_transformers(
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     options |= {"revision": hub_revision} if hub_revision else {}
     options |= {"gguf_file": gguf_file} if gguf_file else {}
+    spread = {} if isinstance(device, torch.device) else {"device_map": device}
     safe = {} if gguf_file else {"use_safetensors": True}
     progress: Any = logging
     bars = progress.is_progress_bar_enabled()
     progress.disable_progress_bar()
     try:
         loader: Any = AutoModelForCausalLM
-        module, info = loader.from_pretrained(source, dtype=dtype, output_loading_info=True, **safe, **options)
+        module, info = loader.from_pretrained(
+            source, dtype=dtype, output_loading_info=True, **safe, **spread, **options
+        )
         tokenizer: Any = AutoTokenizer.from_pretrained(source, **options)
     except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as refused:
         raise _explained(name, refused) from refused
@@ -145,7 +167,8 @@ def _from_transformers(
     # Where there are no tokenizer files, transformers makes a tokenizer that knows only its special tokens.
     knows_text = len(tokenizer) > len(tokenizer.all_special_ids)
     commit = getattr(module.config, "_commit_hash", None)
-    return LiveModel(module.to(device), tokenizer if knows_text else None, name=name, revision=revision or commit)
+    module = module.to(device) if isinstance(device, torch.device) else module
+    return LiveModel(module, tokenizer if knows_text else None, name=name, revision=revision or commit)
 
 
 def _explained(name: str, refused: Exception) -> InputError:
@@ -198,6 +221,19 @@ def _check_folder(path: Path) -> None:
             expected="*.safetensors",
             found="pickled weights, which moescope never loads" if pickled else "none",
             fix="convert them to safetensors" if pickled else "download the weights into the folder",
+        )
+
+
+def _check_map(model: Any, device: str, device_map: str | dict[str, Any] | None) -> None:
+    if device_map is None:
+        return
+    if device != "auto":
+        raise InputError("device and device_map both say where the model goes", fix="pass one of them")
+    if not isinstance(model, (str, Path)):
+        raise InputError(
+            "a model that is in memory already stays where it is",
+            found=f"device_map={device_map!r}",
+            fix="pass its name or folder, or spread it with accelerate's dispatch_model",
         )
 
 

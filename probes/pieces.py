@@ -25,22 +25,29 @@ class Pieces:
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
         self._special = set(tokenizer.all_special_ids) if tokenizer is not None else set()
-        self._class: dict[int, int] = {}
-        self._written: set[int] = set()
+        # By token id, grown as ids come: class, −1 where not looked up yet; and whether its row was given out.
+        self._class = np.empty(0, np.int8)
+        self._written = np.empty(0, bool)
 
     def describe(self, ids: NDArray[np.int64]) -> tuple[NDArray[np.bool_], pa.Array]:
         """Whether each id is special, and its class (null without a tokenizer)."""
         if self._tokenizer is None:
             return np.zeros(len(ids), bool), pa.nulls(len(ids), pa.string())
-        distinct, inverse = np.unique(ids, return_inverse=True)
-        codes = np.array([self._class_of(int(i)) for i in distinct], np.int8)[inverse]
-        special = np.array([int(i) in self._special for i in distinct], bool)[inverse]
-        return special, pa.DictionaryArray.from_arrays(pa.array(codes), pa.array(CLASSES))
+        self._grow(ids)
+        codes = self._class[ids]
+        if (codes < 0).any():
+            for fresh in map(int, np.unique(ids[codes < 0])):
+                self._class[fresh] = self._class_of(fresh)
+            codes = self._class[ids]
+        return codes == CLASSES.index("special"), pa.DictionaryArray.from_arrays(pa.array(codes), pa.array(CLASSES))
 
     def unseen(self, ids: NDArray[np.integer[Any]]) -> pa.Table:
         """Rows of `vocabulary` for ids that were not asked for before."""
-        fresh = [] if self._tokenizer is None else [i for i in map(int, np.unique(ids)) if i not in self._written]
-        self._written.update(fresh)
+        fresh: list[int] = []
+        if self._tokenizer is not None:
+            self._grow(ids)
+            fresh = [int(i) for i in np.unique(ids[~self._written[ids]])]
+            self._written[fresh] = True
         raw = [token_bytes(self._tokenizer, i) for i in fresh]
         return pa.table(
             {
@@ -50,11 +57,15 @@ class Pieces:
             }
         )
 
+    def _grow(self, ids: NDArray[np.integer[Any]]) -> None:
+        more = int(ids.max(initial=-1)) + 1 - len(self._class)
+        if more > 0:
+            self._class = np.concatenate([self._class, np.full(more, -1, np.int8)])
+            self._written = np.concatenate([self._written, np.zeros(more, bool)])
+
     def _class_of(self, token_id: int) -> int:
-        if token_id not in self._class:
-            name = "special" if token_id in self._special else classify(token_bytes(self._tokenizer, token_id))
-            self._class[token_id] = CLASSES.index(name)
-        return self._class[token_id]
+        special = token_id in self._special
+        return CLASSES.index("special" if special else classify(token_bytes(self._tokenizer, token_id)))
 
 
 def token_bytes(tokenizer: Any, token_id: int) -> bytes:

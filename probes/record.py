@@ -5,35 +5,42 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from itertools import islice
 from typing import Any
 
 import torch
 
 from moescope.core.errors import InputError, MoescopeError, RunError
-from moescope.core.probe import ProbeEntry
-from moescope.core.probe import probes as probe_registry
+from moescope.core.site_names import read_site
 from moescope.core.sites import Site
 from moescope.core.versions import library_versions
 from moescope.probes.anatomy import Sublayer
-from moescope.probes.batches import Batch, BatchPlan
-from moescope.probes.copy_out import CopyOut
+from moescope.probes.batches import Batch, BatchPlan, Side
+from moescope.probes.batches import Sequence as BatchSequence
+from moescope.probes.choices import check_sizes, chosen_probes, longest
+from moescope.probes.claim import claimed
 from moescope.probes.corpus import Corpus, CorpusFacts
-from moescope.probes.forward import logits_of, to_device
-from moescope.probes.likelihood import token_nll
+from moescope.probes.forward import to_device
 from moescope.probes.live_model import LiveModel
-from moescope.probes.probe import HostBatch, Probe, ProbeContext
+from moescope.probes.passes import BatchSteps, Passes, joined
+from moescope.probes.probe import Probe, ProbeContext
 from moescope.probes.progress import RunProgress
-from moescope.probes.routing_rule import RoutingRule, find_rules
-from moescope.probes.taps import tapped
+from moescope.probes.rule_search import find_rules
+from moescope.probes.selfcheck import check_generation, check_left_padding, check_taps, first_look
 from moescope.store.coverage import Expectation
 from moescope.store.ending import end_run
 from moescope.store.run import Run
 from moescope.store.store import Store
 from moescope.store.writer import BatchRecords, RunWriter
 
+__all__ = ["Recording", "chosen_probes", "record"]
+
 _LEAST_ROOM = 64 << 20
-_RULE_ROWS = 2
+# Rules are found on so many tokens of the first sequences, each cut to that length.
+_RULE_TOKENS, _RULE_LENGTH = 512, 128
+_RULE_ROWS = 64
 
 
 def record(
@@ -43,8 +50,12 @@ def record(
     *,
     name: str,
     probes: Sequence[str] | None = None,
+    sites: Sequence[str | Site] = (),
+    sample: float = 1.0,
+    generate: int = 0,
     batch_size: int = 8,
     max_length: int = 512,
+    padding: str | None = None,
     seed: int = 0,
     progress: bool = True,
 ) -> Run:
@@ -56,9 +67,17 @@ def record(
         store: open for writing.
         name: of the run; unique in the store.
         probes: names of probes; None for the default four, less those that a dense model has no use for.
+        sites: where to keep whole vectors as well (probe `activations`): `blocks.3.hook_resid_post`, or any other
+            spelling of a site that `moescope.core.site_names.read_site` knows.
+        sample: share of the tokens whose vectors are kept there, chosen by hash(seed, sequence, position); 0 < sample ≤ 1.
+        generate: continue every sequence greedily by up to so many tokens, with the model's cache, and record those
+            too (phase `decode`). A sequence ends early after its end-of-sequence token.
         batch_size: sequences a forward pass.
-        max_length: tokens of the longest sequence; longer documents are split. Never more than the model's context.
-        seed: stored with the run; recording itself draws nothing at random.
+        max_length: tokens of the longest sequence; longer documents are split. Never more than the model's context, less
+            the tokens to generate.
+        padding: side at which shorter sequences are filled up: "left" or "right"; None for left where texts are continued,
+            which needs it, and right elsewhere. Both give the same records but for rounding.
+        seed: stored with the run; the only thing it decides is which tokens a sample takes.
         progress: draw a progress bar on stderr.
 
     Returns:
@@ -66,8 +85,10 @@ def record(
         gaps in `run.coverage`.
 
     Raises:
-        InputError: a name that is taken, a corpus that cannot be read, a probe that this model has no use for.
-        RunError: the disk, the model or the device failed on the way; whole chunks written before stay, status `failed`.
+        InputError: a name that is taken, a corpus that cannot be read, a probe that this model has no use for, a site that
+            it does not have, a model that cannot generate or is being recorded already.
+        RunError: taps change the model's logits; or the disk, the model or the device failed on the way: whole chunks
+            written before stay, status `failed`.
         KeyboardInterrupt: after Ctrl-C, once what was recorded is safe; status `incomplete`.
 
     Example:
@@ -84,8 +105,12 @@ def record(
         store,
         name=name,
         probes=probes,
+        sites=sites,
+        sample=sample,
+        generate=generate,
         batch_size=batch_size,
         max_length=max_length,
+        padding=padding,
         seed=seed,
     )
     return recording.run(progress=progress)
@@ -101,47 +126,78 @@ class Recording:
         store: Store,
         *,
         name: str,
-        probes: Sequence[str] | None,
-        batch_size: int,
-        max_length: int,
-        seed: int,
+        probes: Sequence[str] | None = None,
+        sites: Sequence[str | Site] = (),
+        sample: float = 1.0,
+        generate: int = 0,
+        batch_size: int = 8,
+        max_length: int = 512,
+        padding: str | None = None,
+        seed: int = 0,
     ) -> None:
-        if batch_size < 1 or max_length < 2:
-            raise InputError(
-                "batch_size must be at least 1 and max_length at least 2", found=f"{batch_size} and {max_length}"
-            )
+        check_sizes(batch_size, max_length, generate, sample, padding)
         if store.read_only:
             raise InputError(f"{store.path} is open for reading only", fix="open it with Store(path)")
         _check_room(store)
         self.model, self.corpus, self.store, self.name, self.seed = model, corpus, store, name, seed
-        self.entries = chosen_probes(model, probes)
+        self.generate = generate
+        self.side: Side = "left" if padding == "left" or (generate and padding is None) else "right"
+        self.entries, self.left_out = chosen_probes(model, probes, sites)
         self.facts: CorpusFacts = corpus.facts()
-        self.max_length = min(max_length, model.context or max_length)
+        self.max_length = longest(model, max_length, generate)
         self.plan = BatchPlan(corpus, model.tokenizer, batch_size, self.max_length, model.anatomy.vocabulary)
-        self.context = ProbeContext(model.anatomy, model.tokenizer)
-        self.rules = self._find_rules()
-        self.context.scores = {place: rule.score for place, rule in self.rules.items() if rule.weights_fit}
-        self.context.verified = frozenset(place for place, rule in self.rules.items() if rule.verified)
-        self.probes: list[Probe] = [entry.function(self.context) for entry in self.entries]
-        self.tokens = self.sequences = 0
-        self._copies = CopyOut()
+        self.context = ProbeContext(
+            model.anatomy,
+            model.tokenizer,
+            sites=tuple(dict.fromkeys(read_site(site, model.anatomy) for site in sites)),
+            share=sample,
+            seed=seed,
+        )
+        self.prefilled = self.generated = self.sequences = self._next_token = 0
+        with claimed(model.module, name):
+            self._look_first()
+
+    def _look_first(self) -> None:
+        """Find the routing rules on the first sequences, and try there whatever the run will do."""
+        first = next(iter(self.plan), None)
+        if first is None:
+            raise InputError(
+                f"no text of {self.corpus.name} gives a token", fix="check that the tokenizer belongs to the model"
+            )
+        try:
+            if any(entry.name == "routing" for entry in self.entries):
+                self.context.rules = find_rules(self.model, Batch(0, tuple(_enough(self.plan)), 0))
+            self.probes: list[Probe] = [entry.function(self.context) for entry in self.entries]
+            look = to_device(first_look(first), self.model, side=self.side)
+            if self.side == "left" and self.plan.batch_size > 1:
+                check_left_padding(self.model, first_look(first))
+            if self.generate:
+                check_generation(self.model, look)
+            check_taps(self.model, look, self.probes, generate=self.generate > 0)
+        except MoescopeError:
+            raise
+        except Exception as failure:
+            raise _explained(failure) from failure
 
     def run(self, *, progress: bool) -> Run:
         """Record, settle the ledger, give the run its final status."""
-        run = self._begin()
-        started = time.perf_counter()
-        writer = RunWriter(self.store, run.run_id)
-        failure: BaseException | None = None
-        try:
-            self._forward_passes(writer, started, progress=progress)
-        except BaseException as error:  # noqa: BLE001  the run must be closed whatever happened; raised again below
-            failure = error
+        with claimed(self.model.module, self.name):
+            run = self._begin()
+            started = time.perf_counter()
+            writer = RunWriter(self.store, run.run_id)
+            passes = Passes(self.model, self.probes, self.context, generate=self.generate, side=self.side)
+            failure: BaseException | None = None
+            try:
+                self._forward_passes(passes, writer, started, progress=progress)
+            except BaseException as error:  # noqa: BLE001  the run must be closed whatever happened; raised again below
+                failure = error
         try:
             writer.close()
         except MoescopeError as error:
             failure = error if failure is None or isinstance(failure, MoescopeError) else failure
         for probe in self.probes:
             probe.close()
+        passes.report_silence()
         self._end(run, time.perf_counter() - started, failure)
         if failure is None:
             return run
@@ -149,56 +205,34 @@ class Recording:
             raise failure
         raise _explained(failure) from failure
 
-    def _forward_passes(self, writer: RunWriter, started: float, *, progress: bool) -> None:
-        sites = {
-            site: [p for p in self.probes if site in p.sites(self.model.anatomy)]
-            for p in self.probes
-            for site in p.sites(self.model.anatomy)
-        }
-        kept: dict[Any, dict[str, torch.Tensor]] = {}
-        mask: torch.Tensor
-
-        fired: set[Site] = set()
-
-        def receive(site: Site, tensors: dict[str, torch.Tensor]) -> None:
-            if site in fired:
-                self.context.report(site, "the tap fired more than once in a forward pass, and only the last was kept")
-            fired.add(site)
-            for probe in sites[site]:
-                small = probe.tap(site, {**tensors, "mask": mask})
-                if small:
-                    kept.setdefault(site, {}).update(small)
-
-        with (
-            RunProgress(f"recording {self.name}", self.facts.characters, shown=progress) as bar,
-            torch.no_grad(),
-            tapped(self.model.module, self.model.anatomy, list(sites), receive),
-        ):
+    def _forward_passes(self, passes: Passes, writer: RunWriter, started: float, *, progress: bool) -> None:
+        with RunProgress(f"recording {self.name}", self.facts.characters, shown=progress) as bar, passes.open():
             for batch in self.plan:
-                kept.clear()
-                fired.clear()
-                on_device = to_device(batch, self.model)
-                mask = on_device.mask
-                logits = logits_of(self.model, on_device)
-                nll, predicted = token_nll(logits, on_device.ids)
-                del logits
-                outputs = {
-                    "outputs": {"nll": nll.flatten(), "predicted_id": predicted.flatten()},
-                    "mask": {"mask": mask},
-                }
-                writer.submit(self._rows_later(batch, self._copies.begin({**kept, **outputs})))
-                self.tokens, self.sequences = self.tokens + batch.tokens, self.sequences + len(batch.sequences)
+                finish = passes.run(batch)
+                # Counted before they are handed over: whatever interrupts here, nothing is in the store uncounted.
+                self.prefilled += batch.tokens
+                self.sequences += len(batch.sequences)
+                writer.submit(self._rows_later(finish))
                 bar.advance_to(batch.characters, self.tokens, time.perf_counter() - started)
 
-    def _rows_later(self, batch: Batch, finish: Callable[[], dict[Any, Any]]) -> Callable[[], BatchRecords]:
+    @property
+    def tokens(self) -> int:
+        """Tokens that went through the model so far, as far as is known: those of a batch's answer once its rows are made."""
+        return self.prefilled + self.generated
+
+    def _rows_later(self, finish: Callable[[], BatchSteps]) -> Callable[[], BatchRecords]:
         def make_rows() -> BatchRecords:
-            arrays = finish()
-            outputs, mask = arrays.pop("outputs"), arrays.pop("mask")["mask"]
-            records = BatchRecords(batch.number, batch=_batch_row(batch))
-            host = HostBatch(batch, mask, arrays, outputs)
-            for probe in self.probes:
-                probe.rows(host, records)
-            return records
+            steps = finish()
+            batch = steps.batch
+            tokens = batch.tokens + int(steps.generated.sum())
+            parts = []
+            for host in steps.host_batches(self._next_token):
+                parts.append(BatchRecords(batch.number, (0, 0, 0)))
+                for probe in self.probes:
+                    probe.rows(host, parts[-1])
+            self._next_token += tokens
+            self.generated += int(steps.promised.sum())
+            return joined(batch, tokens, parts)
 
         return make_rows
 
@@ -207,6 +241,11 @@ class Recording:
             "probes": [e.name for e in self.entries],
             "batch_size": self.plan.batch_size,
             "max_length": self.max_length,
+            "padding": self.side,
+            "generate": self.generate,
+            "sites": [str(site) for site in self.context.sites],
+            "sample": self.context.share,
+            "taps_checked": True,
             "corpus": self.corpus.name,
             **self.model.settings(),
         }
@@ -221,14 +260,15 @@ class Recording:
             corpus_fingerprint=self.facts.fingerprint,
             anatomy=self.model.anatomy.facts(),
         )
+        self.context.vectors = self.store.path.with_suffix(".vectors") / run.run_id
         self.store.add_layers(run, [self._layer_row(s) for s in self.model.anatomy.sublayers])
         return run
 
     def _layer_row(self, s: Sublayer) -> dict[str, Any]:
         columns = ("layer", "block", "stack", "kind", "n_experts", "top_k", "n_shared", "n_null", "d_expert")
-        rule = self.rules.get((s.layer, s.block))
+        bound = self.context.rules.get((s.layer, s.block))
         return {column: getattr(s, column) for column in columns} | {
-            "routing_rule": json.dumps(rule.as_json()) if rule else None
+            "routing_rule": json.dumps(bound.rule.as_json()) if bound else None
         }
 
     def _end(self, run: Run, seconds: float, failure: BaseException | None) -> None:
@@ -244,6 +284,7 @@ class Recording:
         ]
         summary = {
             "tokens": self.tokens,
+            "generated_tokens": self.generated,
             "sequences": self.sequences,
             "documents": self.facts.documents,
             "seconds": round(seconds, 3),
@@ -253,47 +294,23 @@ class Recording:
             "skipped_records": self.facts.skipped,
             "first_skipped": self.facts.first_skipped,
             "stopped": stopped,
+            "left_out": self.left_out,
+            **{key: value for probe in self.probes for key, value in probe.summary().items()},
         }
         failed = failure is not None and not isinstance(failure, KeyboardInterrupt)
         end_run(self.store, run, expectations, summary, failed=failed)
 
-    def _find_rules(self) -> dict[tuple[int, str], RoutingRule]:
-        """Hold the known rules against real decisions on the first sequences of the corpus."""
-        first = next(iter(self.plan), None)
-        if first is None:
-            raise InputError(
-                f"no text of {self.corpus.name} gives a token", fix="check that the tokenizer belongs to the model"
-            )
-        if not any(entry.name == "routing" for entry in self.entries):
-            return {}
-        try:
-            return find_rules(self.model, Batch(0, first.sequences[:_RULE_ROWS], 0, 0))
-        except MoescopeError:
-            raise
-        except Exception as failure:
-            raise _explained(failure) from failure
 
-
-def chosen_probes(model: LiveModel, names: Sequence[str] | None) -> list[ProbeEntry]:
-    """The probes a run records: those named, or the default ones that this model has a use for."""
-    if names is None:
-        entries = [entry for entry in probe_registry if entry.default]
-    else:
-        entries = [probe_registry[name] for name in dict.fromkeys(["tokens", *names])]
-    if model.anatomy.moe:
-        return entries
-    useless = [e.name for e in entries if e.name in ("routing", "experts")]
-    if names is not None and useless:
-        raise InputError(
-            f"{model.name} is dense: it has no routers or experts",
-            found=f"probes {', '.join(useless)}",
-            fix="leave them out, or leave the choice of probes to moescope",
-        )
-    return [e for e in entries if e.name not in useless]
-
-
-def _batch_row(batch: Batch) -> tuple[int, int, int]:
-    return batch.sequences[0].sequence_id, len(batch.sequences), batch.tokens
+def _enough(plan: BatchPlan) -> Iterator[BatchSequence]:
+    """The first sequences of a plan, cut short: enough tokens to tell one routing rule from another."""
+    tokens = 0
+    sequences = (sequence for batch in plan for sequence in batch.sequences)
+    for sequence in islice(sequences, _RULE_ROWS):
+        cut = replace(sequence, token_ids=sequence.token_ids[:_RULE_LENGTH])
+        yield cut
+        tokens += len(cut.token_ids)
+        if tokens >= _RULE_TOKENS:
+            return
 
 
 def _check_room(store: Store) -> None:

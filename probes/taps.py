@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import inspect
+import difflib
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, contextmanager
@@ -12,9 +12,25 @@ import torch
 from torch import nn
 
 from moescope.core.errors import InputError
-from moescope.core.sites import EXPERT_INDICES, EXPERT_OUT, RESID_POST, ROUTER_LOGITS, Site
+from moescope.core.sites import (
+    EXPERT_INDICES,
+    EXPERT_OUT,
+    EXPERT_POST,
+    EXPERT_WEIGHTS,
+    HEAD_K,
+    HEAD_Q,
+    HEAD_V,
+    HEAD_Z,
+    PATTERN,
+    ROUTER_LOGITS,
+    Site,
+)
 from moescope.probes.anatomy import Anatomy, Sublayer
-from moescope.probes.expert_slots import slots_tapped
+from moescope.probes.attention_taps import attention_sites, tap_attention
+from moescope.probes.decision_readers import READERS
+from moescope.probes.expert_slots import SlotTap, slots_tapped
+from moescope.probes.foreign.taps import foreign_taps
+from moescope.probes.stream_taps import stream_sites, tap_stream
 
 Receive = Callable[[Site, dict[str, torch.Tensor]], None]
 
@@ -30,94 +46,153 @@ def tapped(model: nn.Module, anatomy: Anatomy, sites: Collection[Site], receive:
         `….hook_expert_indices`, `….hook_expert_weights`: indices, weights [row · position, k], as given to the experts
         `….experts.hook_out`: out [row · position, k, d_model], indices, weights
         `….experts.hook_post`: post [row · position · k, d_expert] in the order in which the kernel computes, slot (which
-            row · position · k place each of them is), indices, weights
+            row · position · k place each of them is), indices, weights; and the slots' outputs, as `computed` in that same
+            order or as `out`
         `….shared_expert.hook_out`: out [row · position or row, position, d_model]
         `blocks.{L}.mlp.hook_post`: post [row, position, d_mlp]
         `….hook_pattern`: pattern [row, head, query, key]
         `….hook_q`, `hook_k`, `hook_v`, `hook_z`: q, k, v, z [row, position, head, d_head]
 
+    Everything is as it was when the context ends, however it ends. Hooks of several contexts may be on at once, except at
+    the inside of experts, which one context at a time can read.
+
     Raises:
-        InputError: a site this model does not have.
+        InputError: a site this model does not have; the inside of experts that is being read already.
     """
-    modules = dict(model.named_modules())
-    by_place = {(s.layer, s.block): s for s in anatomy.sublayers}
-    wanted: defaultdict[str, list[Site]] = defaultdict(list)
-    for site in sites:
-        wanted[site.tensor].append(site)
     with ExitStack() as stack:
-        slots = []
-        for tensor, places in wanted.items():
-            for site in places:
-                if tensor == RESID_POST:
-                    block = modules[_at(anatomy.block_paths, site)]
-                    stack.enter_context(_hook(block.register_forward_hook(_output_hook(site, "resid", 0, receive))))
-                    continue
-                sublayer = by_place.get((site.layer, site.block))
-                experts, router = _modules(sublayer, modules)
-                if tensor == ROUTER_LOGITS and router is not None and sublayer is not None:
-                    hook = _output_hook(site, "logits", sublayer.router_logits_index, receive)
-                    stack.enter_context(_hook(router.register_forward_hook(hook)))
-                elif tensor == EXPERT_INDICES and experts is not None:
-                    stack.enter_context(
-                        _hook(
-                            experts.register_forward_pre_hook(_decision_hook(site, experts, receive), with_kwargs=True)
-                        )
-                    )
-                elif tensor == EXPERT_OUT and experts is not None:
-                    slots.append((experts, _slot_receiver(site, receive)))
-                else:
-                    raise InputError(f"this model has no site {site}", expected=_known(anatomy))
-        if slots:
-            stack.enter_context(slots_tapped(slots))
+        left = list(dict.fromkeys(sites))
+        if foreign := foreign_taps(model, anatomy):
+            left = stack.enter_context(foreign.tap(left, receive))
+        wanted: defaultdict[str, list[Site]] = defaultdict(list)
+        for site in left:
+            wanted[_kind(site)].append(site)
+        if missing := _missing(model, anatomy, wanted):
+            raise _unknown(missing[0], model, anatomy)
+        others = wanted["stream"], wanted["attention"]
+        # Logits first: where both are read off the same module, its hooks run in this order.
+        for site in [*wanted["logits"], *wanted["decision"]]:
+            s = _moe(anatomy, site)
+            handles = (
+                [_logits_hook(model, s, site, receive)]
+                if site.tensor == ROUTER_LOGITS
+                else READERS[s.reader](model, s, _decision_receiver(site, receive))
+            )
+            for handle in handles:
+                stack.callback(handle.remove)
+        for asked, tap in zip(others, (tap_stream, tap_attention), strict=True):
+            if asked:
+                stack.enter_context(tap(model, anatomy, asked, receive))
+        if wanted["slots"]:
+            stack.enter_context(slots_tapped(_slot_taps(model, anatomy, wanted["slots"], receive)))
         yield
 
 
-@contextmanager
-def _hook(handle: Any) -> Iterator[None]:
-    try:
-        yield
-    finally:
-        handle.remove()
+def sites_of(model: nn.Module, anatomy: Anatomy) -> list[Site]:
+    """Every site a model has, in order of layers."""
+    foreign = foreign_taps(model, anatomy)
+    if foreign and foreign.whole:
+        return foreign.sites()
+    own = {*_routing_sites(model, anatomy), *stream_sites(model, anatomy), *attention_sites(model, anatomy)}
+    return foreign.sites(own) if foreign else sorted(own)
 
 
-def _output_hook(site: Site, name: str, index: int, receive: Receive) -> Callable[[nn.Module, Any, Any], None]:
+def unreachable_sites(anatomy: Anatomy) -> dict[Site, str]:
+    """Sites inside experts that this model's family does not offer, with the reason."""
+    return {Site(s.layer, s.block, EXPERT_OUT): s.unreachable for s in anatomy.moe if s.unreachable is not None}
+
+
+def _routing_sites(_model: nn.Module, anatomy: Anatomy) -> Iterator[Site]:
+    for s in anatomy.moe:
+        tensors = [EXPERT_INDICES, EXPERT_WEIGHTS, *([ROUTER_LOGITS] if s.has_logits else [])]
+        if s.unreachable is None and s.experts_path is not None:
+            tensors += [EXPERT_OUT, *([EXPERT_POST] if s.neurons else [])]
+        yield from (Site(s.layer, s.block, tensor) for tensor in tensors)
+
+
+def _missing(model: nn.Module, anatomy: Anatomy, wanted: dict[str, list[Site]]) -> list[Site]:
+    """Sites that the model does not have; only kinds that are asked for are looked up."""
+    missing = []
+    for kinds, find in (
+        (("decision", "logits", "slots"), _routing_sites),
+        (("stream",), stream_sites),
+        (("attention",), attention_sites),
+    ):
+        if asked := [site for kind in kinds for site in wanted.get(kind, ())]:
+            known = set(find(model, anatomy))
+            missing += [site for site in asked if site not in known]
+    return missing
+
+
+def _kind(site: Site) -> str:
+    if site.tensor in (EXPERT_INDICES, EXPERT_WEIGHTS):
+        return "decision"
+    if site.tensor == ROUTER_LOGITS:
+        return "logits"
+    if site.tensor in (EXPERT_OUT, EXPERT_POST):
+        return "slots"
+    return "attention" if site.tensor in (PATTERN, HEAD_Q, HEAD_K, HEAD_V, HEAD_Z) else "stream"
+
+
+def _moe(anatomy: Anatomy, site: Site) -> Sublayer:
+    found = anatomy.moe_at(site.layer, site.block)
+    assert found is not None
+    return found
+
+
+def _logits_hook(model: nn.Module, s: Sublayer, site: Site, receive: Receive) -> torch.utils.hooks.RemovableHandle:
     def hook(_module: nn.Module, _inputs: Any, output: Any) -> None:
-        receive(site, {name: output[index] if isinstance(output, (tuple, list)) else output})
+        logits = output[s.router_logits_index] if isinstance(output, (tuple, list)) else output
+        receive(site, {"logits": logits.reshape(-1, logits.shape[-1])})
 
-    return hook
-
-
-def _decision_hook(site: Site, experts: nn.Module, receive: Receive) -> Callable[[nn.Module, Any, Any], None]:
-    # Families differ in names, never in order: hidden states, expert ids, weights.
-    names = list(inspect.signature(experts.forward).parameters)
-
-    def hook(_module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
-        given = dict(zip(names, inputs, strict=False)) | named
-        receive(site, {"indices": given[names[1]], "weights": given[names[2]]})
-
-    return hook
+    return model.get_submodule(s.logits_path or "").register_forward_hook(hook)
 
 
-def _slot_receiver(site: Site, receive: Receive) -> Callable[[torch.Tensor, torch.Tensor, torch.Tensor], None]:
-    def hand_over(out: torch.Tensor, indices: torch.Tensor, weights: torch.Tensor) -> None:
-        receive(site, {"out": out, "indices": indices, "weights": weights})
+def _decision_receiver(site: Site, receive: Receive) -> Callable[[torch.Tensor, torch.Tensor], None]:
+    def give(ids: torch.Tensor, weights: torch.Tensor) -> None:
+        receive(site, {"indices": ids, "weights": weights})
+
+    return give
+
+
+def _slot_taps(model: nn.Module, anatomy: Anatomy, sites: list[Site], receive: Receive) -> Iterator[SlotTap]:
+    """One tap for each experts module, whichever of its sites are wanted."""
+    places: defaultdict[tuple[int, str], list[Site]] = defaultdict(list)
+    for site in sites:
+        places[site.layer, site.block].append(site)
+    for (layer, block), wanted in places.items():
+        s = _moe(anatomy, Site(layer, block, EXPERT_OUT))
+        asked = {site.tensor for site in wanted}
+        experts = model.get_submodule(s.experts_path or "")
+        receiver = _slot_receiver(s, wanted, receive)
+        yield SlotTap(experts, receiver, neurons=EXPERT_POST in asked, out=EXPERT_OUT in asked)
+
+
+def _slot_receiver(s: Sublayer, sites: list[Site], receive: Receive) -> Callable[[dict[str, torch.Tensor]], None]:
+    def hand_over(tensors: dict[str, torch.Tensor]) -> None:
+        if s.reader == "skipping":  # no expert at all, though it reads expert 0 with weight 0
+            ids = torch.where(tensors["weights"] == 0, s.n_experts or 0, tensors["indices"])
+            tensors = {**tensors, "indices": ids}
+        for site in sites:
+            if site.tensor == EXPERT_OUT:
+                receive(site, {name: tensors[name] for name in ("out", "indices", "weights")})
+            else:  # without `post` where the kernel keeps its neurons to itself, which the ledger tells
+                receive(site, tensors)
 
     return hand_over
 
 
-def _modules(sublayer: Sublayer | None, modules: dict[str, nn.Module]) -> tuple[nn.Module | None, nn.Module | None]:
-    if sublayer is None:
-        return None, None
-    return modules.get(sublayer.experts_path or "-"), modules.get(sublayer.router_path or "-")
-
-
-def _at(paths: tuple[str, ...], site: Site) -> str:
-    if site.layer >= len(paths):
-        raise InputError(f"this model has no site {site}", expected=f"layers 0 to {len(paths) - 1}")
-    return paths[site.layer]
-
-
-def _known(anatomy: Anatomy) -> str:
-    if not anatomy.moe:
-        return "blocks.{L}.hook_resid_post (this model is dense: it has no routers or experts)"
-    return f"blocks.{{L}}.hook_resid_post, or router and expert sites of layers {anatomy.moe_layers}"
+def _unknown(site: Site, model: nn.Module, anatomy: Anatomy) -> InputError:
+    """A site that this model does not have, with the nearest that it has, or the reason."""
+    reason = unreachable_sites(anatomy).get(Site(site.layer, site.block, EXPERT_OUT))
+    if site.tensor in (EXPERT_OUT, EXPERT_POST) and reason is not None:
+        return InputError(
+            f"this model has no site {site}",
+            found=f"the inside of its experts cannot be read: {reason}",
+            fix="record without the probes `experts` and `expert_outputs`; routing is recorded all the same",
+        )
+    names = [str(s) for s in sites_of(model, anatomy)]
+    near = difflib.get_close_matches(str(site), names, 3, 0.3)
+    if site.layer >= anatomy.n_layers:
+        return InputError(f"this model has no site {site}", expected=f"layers 0 to {anatomy.n_layers - 1}")
+    dense = " (this model is dense: it has no routers or experts)" if not anatomy.moe else ""
+    return InputError(f"this model has no site {site}", expected=f"for instance {', '.join(near)}{dense}")

@@ -21,7 +21,7 @@ class Expectation:
     Attributes:
         site: the site's name, or a table's where it is not one site's.
         expected: events the batches must give.
-        query: SQL giving one number; `$run`, `$layer` and `$block` are bound.
+        query: SQL giving one number; `$run`, `$site`, `$layer` and `$block` are bound.
         layer, block: where the site is; None for a table of the whole run.
         problem: a reason found while recording that makes the records invalid; None where there is none.
     """
@@ -41,7 +41,8 @@ def settle(connection: duckdb.DuckDBPyConnection, run_id: str, expectations: Seq
     """
     rows = []
     for item in expectations:
-        bound = {"run": run_id} | ({"layer": item.layer, "block": item.block} if item.layer is not None else {})
+        bound: dict[str, object] = {"run": run_id, "site": item.site}
+        bound |= {"layer": item.layer, "block": item.block} if item.layer is not None else {}
         used = {key: value for key, value in bound.items() if f"${key}" in item.query}
         recorded = int(connection.execute(item.query, used).fetchall()[0][0] or 0)
         status, detail = _judge(item, recorded)

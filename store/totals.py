@@ -41,6 +41,8 @@ class ExpertPartial:
     """Reductions of one router's experts in one batch: arrays by expert, all experts.
 
     `max_abs_token` is the run-wide token, −1 where the expert was not chosen; on equal maxima the earlier token stays.
+    `neurons` counts values of neurons seen, `active` and `zeros` those over the threshold and those exactly zero; all are 0
+    where neurons cannot be seen.
     """
 
     layer: int
@@ -52,6 +54,9 @@ class ExpertPartial:
     max_abs_out: NDArray[np.float32]
     max_abs_channel: Ints
     max_abs_token: Ints
+    neurons: Ints
+    active: Ints
+    zeros: Ints
 
     @property
     def key(self) -> tuple[int, str]:
@@ -61,7 +66,7 @@ class ExpertPartial:
     def fold(self, later: ExpertPartial) -> None:
         """Add the partial of a later batch."""
         larger = later.max_abs_out > self.max_abs_out
-        for name in ("tokens", "weight_sum", "norm_sum", "weighted_norm_sum"):
+        for name in ("tokens", "weight_sum", "norm_sum", "weighted_norm_sum", "neurons", "active", "zeros"):
             setattr(self, name, getattr(self, name) + getattr(later, name))
         for name in ("max_abs_out", "max_abs_channel", "max_abs_token"):
             setattr(self, name, np.where(larger, getattr(later, name), getattr(self, name)))
@@ -84,6 +89,9 @@ def expert_rows(partials: Iterable[ExpertPartial], extra: dict[str, Any], *, onl
         "max_abs_out",
         "max_abs_channel",
         "max_abs_token",
+        "neurons",
+        "active",
+        "zeros",
     )
     return _rows(list(partials), extra, {}, values, only_used)
 

@@ -18,9 +18,11 @@ from moescope.core.errors import MoescopeError, RunError
 from moescope.store.store import Store
 from moescope.store.totals import ExpertPartial, LoadPartial, expert_rows, load_rows
 from moescope.store.transaction import transaction
+from moescope.store.vector_shards import VectorRows, write_shards
 
 CHUNK_ROWS = 245_760
 CHUNK_SECONDS = 30.0
+CHUNK_VECTOR_BYTES = 64 << 20  # of vectors waiting to be written
 _QUEUE = 3
 # What DuckDB may keep in memory while it writes. Without a limit it keeps every block it wrote, and memory grows with the
 # corpus; beyond it, a large transaction goes through its temporary folder.
@@ -36,6 +38,7 @@ class BatchRecords:
         batch: its first sequence, how many sequences, and how many unmasked tokens.
         tables: table name → rows, without run_id.
         loads, experts: its partial sums.
+        vectors: rows for the shards beside the store.
     """
 
     number: int
@@ -43,6 +46,7 @@ class BatchRecords:
     tables: dict[str, pa.Table] = field(default_factory=dict)
     loads: list[LoadPartial] = field(default_factory=list)
     experts: list[ExpertPartial] = field(default_factory=list)
+    vectors: list[VectorRows] = field(default_factory=list)
 
 
 class RunWriter:
@@ -55,6 +59,7 @@ class RunWriter:
     def __init__(
         self, store: Store, run_id: str, *, chunk_rows: int = CHUNK_ROWS, chunk_seconds: float = CHUNK_SECONDS
     ) -> None:
+        self._path = store.path
         self._cursor = store.cursor()
         self._settings = _frugal(self._cursor)
         self._run_id = run_id
@@ -65,6 +70,7 @@ class RunWriter:
         self._since = time.monotonic()
         self._loads: dict[tuple[int, str, str | None, str], LoadPartial] = {}
         self._experts: dict[tuple[int, str], ExpertPartial] = {}
+        self._shards: dict[str, int] = {}
         self.committed_batches = 0
         self._thread = threading.Thread(target=self._work, name="moescope-writer", daemon=True)
         self._thread.start()
@@ -112,6 +118,7 @@ class RunWriter:
         for batch in self._pending:
             rows.update({name: table.num_rows for name, table in batch.tables.items()})
         full = max(rows.values(), default=0) >= self._chunk_rows
+        full |= sum(part.nbytes for b in self._pending for part in b.vectors) >= CHUNK_VECTOR_BYTES
         return full or time.monotonic() - self._since >= self._chunk_seconds
 
     def _commit(self) -> None:
@@ -124,6 +131,10 @@ class RunWriter:
                 row = [self._run_id, batch.number, *batch.batch]
                 self._cursor.execute("INSERT INTO batches VALUES (?, ?, ?, ?, ?)", row)
                 self._write_partials(batch)
+            # The files come first: a catalogue never names one that is not there. What a chunk that fails leaves is not named.
+            vectors = (part for b in self._pending for part in b.vectors)
+            if (shards := write_shards(self._path, self._run_id, vectors, self._shards)) is not None:
+                self._insert("activations", shards)
             self._write_totals()
         self.committed_batches += len(self._pending)
         self._pending.clear()
@@ -172,7 +183,8 @@ class RunWriter:
                 CASE WHEN tokens > 0 THEN max_abs_out END,
                 CASE WHEN tokens > 0 THEN max_abs_channel END,
                 CASE WHEN tokens > 0 THEN max_abs_token END,
-                NULL, NULL
+                CASE WHEN neurons > 0 THEN active / neurons END,
+                CASE WHEN neurons > 0 THEN zeros / neurons END
             FROM moescope_rows
             """,
             [self._run_id],
@@ -207,7 +219,7 @@ def _explained(error: BaseException) -> MoescopeError:
     if isinstance(error, MoescopeError):
         return error
     text = str(error)
-    if isinstance(error, duckdb.Error) and ("No space left" in text or "disk full" in text.lower()):
+    if isinstance(error, (duckdb.Error, OSError)) and ("No space left" in text or "disk full" in text.lower()):
         return RunError(
             "the disk is full",
             found=text,

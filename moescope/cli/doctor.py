@@ -18,6 +18,10 @@ _TEXTS = ["The quick brown fox jumps over the lazy dog.", "def add(a, b):\n    r
 def doctor(
     model: Annotated[str, typer.Argument(help='Model to check: "demo", a Hub id, a folder or a .gguf file.')] = "demo",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, …")] = "auto",
+    families: Annotated[
+        bool, typer.Option("--families", help="Build every model type with experts in tiny form, record it, and list them.")
+    ] = False,
+    markdown: Annotated[bool, typer.Option("--markdown", help="With --families: print the table as Markdown.")] = False,
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Check this machine, and that a model is recorded exactly as it runs.
@@ -26,6 +30,9 @@ def doctor(
 
     Example: moescope doctor demo
     """
+    if families:
+        _families(json=json, markdown=markdown)
+        return
     checks: list[dict[str, Any]] = []
 
     def check(what: str, find: Callable[[], str]) -> bool:
@@ -47,6 +54,26 @@ def doctor(
         table(["", "check", "found"], [["✓" if c["ok"] else "✗", c["check"], c["found"]] for c in checks])
     if not all(c["ok"] for c in checks):
         raise typer.Exit(4)
+
+
+def _families(*, json: bool, markdown: bool) -> None:
+    from rich.console import Console
+
+    from moescope.probes.families.support import COLUMNS, as_markdown, support_table
+
+    console = Console(stderr=True)
+    with console.status("") as status:
+        found = support_table(each=lambda name: status.update(f"recording a tiny {name}"))
+    if json:
+        as_json([vars(s) for s in found])
+    elif markdown:
+        typer.echo(as_markdown(found), nl=False)
+    else:
+        table(list(COLUMNS), [list(vars(s).values()) for s in found])
+        full = sum(s.recorded == "complete" for s in found)
+        console.print(f"{full} of {len(found)} model types with experts are recorded completely")
+    if any(s.recorded != "complete" for s in found):
+        raise typer.Exit(3)
 
 
 def _versions() -> str:

@@ -31,16 +31,36 @@ Probe = Annotated[
     str | None,
     typer.Option(help="Probes, comma-separated.  [default: tokens,routing,experts,residual]", show_default=False),
 ]
+Sites = Annotated[
+    str | None,
+    typer.Option(
+        help="Also keep whole vectors at these sites, comma-separated: blocks.3.hook_resid_post,…", show_default=False
+    ),
+]
+Sample = Annotated[float, typer.Option(help="Share of the tokens whose vectors are kept at --site.")]
+Generate = Annotated[
+    int, typer.Option(min=0, help="Continue every sequence greedily by up to so many tokens, and record those too.")
+]
 BatchSize = Annotated[int, typer.Option(min=1, help="Sequences a forward pass.")]
 MaxLength = Annotated[int, typer.Option(min=2, help="Tokens of the longest sequence; longer documents are split.")]
+Padding = Annotated[
+    str | None,
+    typer.Option(
+        help="Fill up shorter sequences at the left or right.  [default: left with --generate, else right]",
+        show_default=False,
+    ),
+]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, …")]
+DeviceMap = Annotated[
+    str | None, typer.Option(help="auto: spread the model over all devices instead.", show_default=False)
+]
 Dtype = Annotated[str, typer.Option(help="auto (as stored), float32, bfloat16 or float16.")]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit on the Hub.", show_default=False)]
 Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run Python code that comes with the model.")]
 TextField = Annotated[str, typer.Option(help="Field that holds the text.")]
 LabelField = Annotated[str, typer.Option(help="Field that holds the label.")]
 SkipBad = Annotated[bool, typer.Option("--skip-bad-lines", help="Count unreadable records instead of stopping.")]
-Seed = Annotated[int, typer.Option(help="Stored with the run.")]
+Seed = Annotated[int, typer.Option(help="Decides which tokens --sample takes; stored with the run.")]
 TimePlain = Annotated[bool, typer.Option("--time-plain", help="Also time plain forward passes over the same batches.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Check everything and say what would be done.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
@@ -53,9 +73,14 @@ def profile(
     name: Name = None,
     report: Report = None,
     probe: Probe = None,
+    site: Sites = None,
+    sample: Sample = 1.0,
+    generate: Generate = 0,
     batch_size: BatchSize = 8,
     max_length: MaxLength = 512,
+    padding: Padding = None,
     device: Device = "auto",
+    device_map: DeviceMap = None,
     dtype: Dtype = "auto",
     revision: Revision = None,
     trust_remote_code: Trust = False,
@@ -71,26 +96,46 @@ def profile(
 
     Example: moescope profile demo --store runs.duckdb --name base --report report.html
     """
+    from moescope.core.site_names import read_site
+    from moescope.probes.choices import check_sizes, chosen_probes, longest
     from moescope.probes.corpus import Corpus
     from moescope.probes.loading import load
-    from moescope.probes.record import Recording, chosen_probes
+    from moescope.probes.record import Recording
     from moescope.store.store import Store
 
     _check_report(report)
+    check_sizes(batch_size, max_length, generate, sample, padding)
+    if time_plain and generate:
+        raise InputError(
+            "--time-plain compares passes over texts, and a continued text takes many more",
+            fix="leave out --time-plain or --generate",
+        )
     corpus = Corpus.load(data or "demo", text_field=text_field, label_field=label_field, skip_bad_lines=skip_bad_lines)
     found = corpus.facts()
     if data is None:
         news(f"no --data: using the bundled labelled corpus of {found.documents} documents")
     names = probe.replace(" ", "").split(",") if probe else None
+    sites = site.replace(" ", "").split(",") if site else []
     run_name = _checked_name(store, name, model, read_only=dry_run)
-    live = load(model, device=device, dtype=dtype, revision=revision, trust_remote_code=trust_remote_code)
-    chosen = chosen_probes(live, names)
+    live = load(
+        model,
+        device=device,
+        device_map=device_map,
+        dtype=dtype,
+        revision=revision,
+        trust_remote_code=trust_remote_code,
+    )
+    chosen, left_out = chosen_probes(live, names, sites)
     if dry_run:
         plan = {
             "model": repr(live),
             "run": run_name,
             "store": str(store),
             "probes": ", ".join(entry.name for entry in chosen),
+            "left out": "; ".join(f"{name}: {reason}" for name, reason in left_out.items()),
+            "sites": ", ".join(str(read_site(s, live.anatomy)) for s in sites),
+            "longest sequence": longest(live, max_length, generate),
+            "generate": generate,
             "corpus": corpus.name,
             "documents": found.documents,
             "characters": found.characters,
@@ -106,8 +151,12 @@ def profile(
             opened,
             name=run_name,
             probes=names,
+            sites=sites,
+            sample=sample,
+            generate=generate,
             batch_size=batch_size,
             max_length=max_length,
+            padding=padding,
             seed=seed,
         )
         before = _plain_seconds(recording) if time_plain else 0.0
@@ -128,7 +177,7 @@ def profile(
 def _plain_seconds(recording: Recording) -> float:
     from moescope.probes.forward import time_plain
 
-    return time_plain(recording.model, recording.plan)
+    return time_plain(recording.model, recording.plan, side=recording.side)
 
 
 def _summary(run: Run, plain_seconds: float | None) -> dict[str, Any]:
@@ -141,6 +190,13 @@ def _summary(run: Run, plain_seconds: float | None) -> dict[str, Any]:
         "tokens": summary["tokens"],
         "profile tokens/s": round(summary["tokens_per_second"]),
     }
+    if summary["generated_tokens"]:
+        shown["generated"] = f"{summary['generated_tokens']:,} of these tokens"
+    if summary.get("near_ties"):
+        shown["near ties"] = (
+            f"{summary['near_ties']:,} decisions by a margin under 1e-4, which another batch size may take differently"
+        )
+    shown |= {f"without {name}": reason for name, reason in (summary.get("left_out") or {}).items()}
     if plain_seconds is not None:
         plain = summary["tokens"] / plain_seconds
         shown |= {

@@ -27,8 +27,13 @@ class ResidualProbe(Probe):
     """L2 norm, the three largest channels of every token, and the median |x| of every sequence, at each layer."""
 
     def sites(self, anatomy: Anatomy) -> list[Site]:
-        """Every block's output."""
-        return [Site(layer, "", RESID_POST) for layer in range(anatomy.n_layers)]
+        """Every block's output, where that is one vector a token."""
+        return [] if anatomy.no_stream else [Site(layer, "", RESID_POST) for layer in range(anatomy.n_layers)]
+
+    @classmethod
+    def no_use(cls, anatomy: Anatomy) -> str | None:
+        """Where the blocks hand on more than one vector a token."""
+        return anatomy.no_stream
 
     def tap(self, site: Site, tensors: Tensors) -> Tensors:
         """Reduce [row, position, d_model] to five numbers a token and one a row."""
@@ -63,6 +68,8 @@ class ResidualProbe(Probe):
                 "top_channels": triples(stacked("channels", host.real).astype(np.uint16), pa.uint16()),
             }
         )
+        if host.phase != "prefill":
+            return  # the median is of the whole text, which the prefill has seen
         records.tables["residual_sequences"] = pa.table(
             {
                 "sequence_id": np.tile(sequences, len(sites)),

@@ -8,11 +8,12 @@ import pyarrow as pa
 from moescope.core.probe import probe
 from moescope.core.sites import Site
 from moescope.probes.anatomy import Anatomy
-from moescope.probes.arrow_rows import constant
 from moescope.probes.pieces import Pieces
 from moescope.probes.probe import HostBatch, Probe, ProbeContext, Tensors
 from moescope.store.coverage import Expectation
 from moescope.store.writer import BatchRecords
+
+PHASES = ("prefill", "decode")
 
 
 @probe(name="tokens", tables=("tokens", "sequences", "vocabulary"), default=True)
@@ -34,37 +35,25 @@ class TokensProbe(Probe):
     def rows(self, host: HostBatch, records: BatchRecords) -> None:
         """Rows of `sequences`, `tokens` and, for ids not seen before, `vocabulary`."""
         sequences = host.batch.sequences
-        lengths = host.batch.lengths
-        ids = np.concatenate([s.token_ids for s in sequences])
-        position = np.concatenate([np.arange(n) for n in lengths])
-        nll = host.outputs["nll"].take(host.real)
-        predicted = host.outputs["predicted_id"].take(host.real)
-        if not np.isfinite(nll[position > 0]).all():
+        ids, nll, predicted = (a.take(host.real) for a in (host.ids, host.outputs["nll"], host.outputs["predicted_id"]))
+        first = host.position == 0
+        if not np.isfinite(nll[~first]).all():
             self.context.report(
-                "tokens", "some negative log-likelihoods are NaN or infinite: the model's logits overflowed"
+                "tokens",
+                "some negative log-likelihoods are NaN or infinite: the model's logits overflowed; record it in another "
+                "dtype (float32, bfloat16)",
             )
         special, classes = self._pieces.describe(ids)
-        records.tables["sequences"] = pa.table(
-            {
-                "sequence_id": pa.array([s.sequence_id for s in sequences], pa.int64()),
-                "document_id": pa.array([s.document_id for s in sequences], pa.int64()),
-                "part": pa.array([s.part for s in sequences], pa.int32()),
-                "label": pa.array([s.document.label for s in sequences], pa.string()),
-                "source": pa.array([s.document.source for s in sequences], pa.string()),
-                "text": pa.array([s.text for s in sequences], pa.string()),
-                "n_tokens": pa.array(lengths, pa.int32()),
-                "content_hash": pa.array([s.content_hash for s in sequences], pa.string()),
-                "metadata": pa.array([s.metadata_json for s in sequences], pa.string()),
-            }
-        )
+        if host.phase == "prefill":
+            records.tables["sequences"] = _sequence_rows(host)
         records.tables["tokens"] = pa.table(
             {
                 "token": host.token,
-                "sequence_id": np.repeat([s.sequence_id for s in sequences], lengths),
-                "position": pa.array(position, pa.int32()),
+                "sequence_id": np.array([s.sequence_id for s in sequences])[host.row],
+                "position": pa.array(host.position, pa.int32()),
                 "token_id": pa.array(ids, pa.int32()),
-                "phase": constant("prefill", len(ids)),
-                "nll": pa.array(nll, pa.float32(), mask=position == 0),
+                "phase": _phase(host.phase, len(ids)),
+                "nll": pa.array(nll, pa.float32(), mask=first),
                 "predicted_id": pa.array(predicted, pa.int32()),
                 "is_special": pa.array(special),
                 "class": classes,
@@ -84,3 +73,25 @@ class TokensProbe(Probe):
                 "tokens.nll", tokens - sequences, "SELECT count(nll) FROM tokens WHERE run_id = $run", problem=problem
             ),
         ]
+
+
+def _phase(phase: str, rows: int) -> pa.Array:
+    # One dictionary for all steps: tables whose dictionaries differ cannot be read as one.
+    return pa.DictionaryArray.from_arrays(pa.array(np.full(rows, PHASES.index(phase), np.int8)), pa.array(PHASES))
+
+
+def _sequence_rows(host: HostBatch) -> pa.Table:
+    sequences = host.batch.sequences
+    return pa.table(
+        {
+            "sequence_id": pa.array([s.sequence_id for s in sequences], pa.int64()),
+            "document_id": pa.array([s.document_id for s in sequences], pa.int64()),
+            "part": pa.array([s.part for s in sequences], pa.int32()),
+            "label": pa.array([s.document.label for s in sequences], pa.string()),
+            "source": pa.array([s.document.source for s in sequences], pa.string()),
+            "text": pa.array([s.text for s in sequences], pa.string()),
+            "n_tokens": pa.array(host.lengths, pa.int32()),
+            "content_hash": pa.array([s.content_hash for s in sequences], pa.string()),
+            "metadata": pa.array([s.metadata_json for s in sequences], pa.string()),
+        }
+    )

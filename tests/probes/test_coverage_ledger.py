@@ -69,6 +69,7 @@ def test_a_good_run_is_complete_at_every_site(
         **{f"blocks.{layer}.hook_resid_post median": len(LENGTHS) for layer in layers},
         **{f"blocks.{layer}.mlp.hook_expert_indices": TOKENS * k for layer in moe_layers},
         **{f"blocks.{layer}.mlp.experts.hook_out": TOKENS * k for layer in moe_layers},
+        **{f"blocks.{layer}.mlp.experts.hook_post": TOKENS * k for layer in moe_layers},
         **{f"blocks.{layer}.mlp.hook_router_logits": TOKENS for layer in moe_layers},
     }
     assert ledger(run) == {site: (n, n, "complete") for site, n in expected.items()}
@@ -85,7 +86,7 @@ def test_a_dense_run_expects_nothing_of_routers(tiny_model: Callable[..., Any], 
     ("probe", "site", "also"),
     [
         (RoutingProbe, "blocks.1.mlp.hook_expert_indices", ["blocks.1.mlp.hook_router_logits"]),
-        (ExpertsProbe, "blocks.1.mlp.experts.hook_out", []),
+        (ExpertsProbe, "blocks.1.mlp.experts.hook_post", ["blocks.1.mlp.experts.hook_out"]),
         (ResidualProbe, "blocks.1.hook_resid_post", ["blocks.1.hook_resid_post median"]),
     ],
 )
@@ -109,7 +110,7 @@ def test_a_tap_that_keeps_nothing_at_one_layer_is_absent_there(
     ("probe", "site"),
     [
         (RoutingProbe, "blocks.0.mlp.hook_expert_indices"),
-        (ExpertsProbe, "blocks.0.mlp.experts.hook_out"),
+        (ExpertsProbe, "blocks.0.mlp.experts.hook_post"),
         (ResidualProbe, "blocks.0.hook_resid_post"),
     ],
 )
@@ -120,7 +121,8 @@ def test_a_tap_that_misses_one_batch_is_short_by_its_events(
 
     def missing(self: Any, at: Any, tensors: Any) -> Any:
         firings.append(str(at))
-        return {} if str(at) == site and firings.count(site) == 2 else plain(self, at, tensors)
+        # The first is the check before the run; then come the batches.
+        return {} if str(at) == site and firings.count(site) == 3 else plain(self, at, tensors)
 
     monkeypatch.setattr(probe, "tap", missing)
     run = recorded(qwen)
@@ -293,14 +295,15 @@ def test_a_wrong_id_does_not_become_another_experts_maximum(
     plain = ExpertsProbe.tap
 
     def misread(self: Any, site: Any, tensors: Any) -> Any:
-        ids, out = tensors["indices"].clone(), tensors["out"].clone()
+        ids, out = tensors["indices"].clone(), tensors["computed"].clone()
         ids[0] = torch.tensor([-1, 8])
-        out[0] = 1e6
-        return plain(self, site, {**tensors, "indices": ids, "out": out})
+        out[tensors["slot"] < 2] = 1e6
+        return plain(self, site, {**tensors, "indices": ids, "computed": out})
 
     monkeypatch.setattr(ExpertsProbe, "tap", misread)
     run = recorded(qwen)
-    assert faults(run) == dict.fromkeys(["blocks.0.mlp.experts.hook_out", "blocks.1.mlp.experts.hook_out"], "short")
+    sites = [f"blocks.{layer}.mlp.experts.{tensor}" for layer in (0, 1) for tensor in ("hook_out", "hook_post")]
+    assert faults(run) == dict.fromkeys(sites, "short")
     ((largest,),) = run.store.fetch("SELECT max(max_abs_out) FROM experts WHERE run_id = ?", [run.run_id])
     assert largest < 1e6
 

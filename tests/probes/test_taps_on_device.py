@@ -15,9 +15,10 @@ from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTenso
 
 import moescope as ms
 from moescope.core.probe import probes
-from moescope.core.sites import EXPERT_INDICES, EXPERT_OUT, RESID_POST, ROUTER_LOGITS, Site
+from moescope.core.sites import EXPERT_INDICES, EXPERT_OUT, EXPERT_POST, RESID_POST, ROUTER_LOGITS, Site
 from moescope.probes.likelihood import token_nll
 from moescope.probes.probe import ProbeContext
+from moescope.probes.routing_rule import BoundRule, RoutingRule
 from moescope.probes.taps import tapped
 
 ROWS, POSITIONS, WIDTH, EXPERTS, K, VOCABULARY = 8, 512, 2048, 64, 8, 50304
@@ -42,6 +43,12 @@ def tensors_at(site: Site) -> dict[str, torch.Tensor]:
         ROUTER_LOGITS: {"logits": torch.zeros(flat, EXPERTS, dtype=torch.bfloat16)},
         EXPERT_INDICES: decision,
         EXPERT_OUT: {"out": torch.zeros(flat, K, WIDTH, dtype=torch.bfloat16), **decision},
+        EXPERT_POST: {
+            "computed": torch.zeros(flat * K, WIDTH, dtype=torch.bfloat16),
+            "post": torch.zeros(flat * K, WIDTH // 2, dtype=torch.bfloat16),
+            "slot": torch.zeros(flat * K, dtype=torch.int64),
+            **decision,
+        },
     }
     return {**passing[site.tensor], "mask": torch.ones(ROWS, POSITIONS, dtype=torch.bool)}
 
@@ -50,8 +57,8 @@ def context(tiny_model: Callable[..., Any], rule: str | None) -> ProbeContext:
     module = tiny_model("olmoe", num_experts=EXPERTS, num_experts_per_tok=K)
     made = ProbeContext(ms.load(module).anatomy)
     if rule:
-        places = [(layer, "mlp") for layer in (0, 1)]
-        made.scores, made.verified = dict.fromkeys(places, rule), frozenset(places)
+        found = RoutingRule(rule, renormalise=True, agreement=1.0, choice_agreement=1.0, weight_agreement=1.0)  # type: ignore[arg-type]
+        made.rules = {(layer, "mlp"): BoundRule(found, {}.__getitem__) for layer in (0, 1)}
     return made
 
 

@@ -17,7 +17,7 @@ EXPERTS = 4
 
 @dataclass(frozen=True)
 class Slot:
-    """One token at one expert: weight, norm of the output, its largest |value| and channel."""
+    """One token at one expert: weight, norm of the output, its largest |value| and channel; zeros among its 8 neurons."""
 
     token: int
     expert: int
@@ -25,6 +25,7 @@ class Slot:
     norm: float
     peak: float
     channel: int
+    zeros: int = 0
 
 
 def _loads(slots: list[Slot]) -> LoadPartial:
@@ -37,12 +38,14 @@ def _loads(slots: list[Slot]) -> LoadPartial:
 
 def _experts(slots: list[Slot]) -> ExpertPartial:
     sums = {name: np.zeros(EXPERTS) for name in ("tokens", "weight", "norm", "weighted")}
+    zeros = np.zeros(EXPERTS, np.int64)
     best: dict[int, Slot] = {}
     for slot in slots:
         sums["tokens"][slot.expert] += 1
         sums["weight"][slot.expert] += slot.weight
         sums["norm"][slot.expert] += slot.norm
         sums["weighted"][slot.expert] += slot.weight * slot.norm
+        zeros[slot.expert] += slot.zeros
         if slot.expert not in best or slot.peak > best[slot.expert].peak:
             best[slot.expert] = slot
     peaks = [(best[e].peak, best[e].channel, best[e].token) if e in best else (-1.0, -1, -1) for e in range(EXPERTS)]
@@ -50,6 +53,7 @@ def _experts(slots: list[Slot]) -> ExpertPartial:
     return ExpertPartial(
         0, "mlp", sums["tokens"].astype(np.int64), sums["weight"], sums["norm"], sums["weighted"],
         np.array(value, np.float32), np.array(channel), np.array(token),
+        8 * sums["tokens"].astype(np.int64), 8 * sums["tokens"].astype(np.int64) - zeros, zeros,
     )  # fmt: skip
 
 
@@ -60,7 +64,7 @@ def runs(draw: st.DrawFn) -> tuple[list[Slot], list[list[Slot]]]:
     drawn = draw(
         st.lists(st.tuples(st.integers(0, EXPERTS - 1), eighth, eighth, st.integers(0, 3)), min_size=1, max_size=40)
     )
-    slots = [Slot(t, e, w, n, float(p), (7 * t) % 5) for t, (e, w, n, p) in enumerate(drawn)]
+    slots = [Slot(t, e, w, n, float(p), (7 * t) % 5, (3 * t) % 9) for t, (e, w, n, p) in enumerate(drawn)]
     cuts = sorted(draw(st.sets(st.integers(1, max(1, len(slots) - 1)))))
     return slots, [slots[a:b] for a, b in pairwise([0, *cuts, len(slots)]) if a < b]
 
@@ -92,6 +96,9 @@ def test_reductions_of_folded_batches_equal_one_loop_over_slots(made: tuple[list
         assert total.weight_sum[expert] == sum(slot.weight for slot in mine)
         assert total.norm_sum[expert] == sum(slot.norm for slot in mine)
         assert total.weighted_norm_sum[expert] == sum(slot.weight * slot.norm for slot in mine)
+        assert total.neurons[expert] == 8 * len(mine)
+        assert total.zeros[expert] == sum(slot.zeros for slot in mine)
+        assert total.active[expert] == sum(8 - slot.zeros for slot in mine)
         if mine:
             first = min((slot for slot in mine if slot.peak == max(s.peak for s in mine)), key=lambda slot: slot.token)
             found = total.max_abs_out[expert], total.max_abs_channel[expert], total.max_abs_token[expert]
@@ -125,6 +132,9 @@ def test_folding_folded_chunks_gives_the_same_as_folding_batches(
         "max_abs_out",
         "max_abs_channel",
         "max_abs_token",
+        "neurons",
+        "active",
+        "zeros",
     ):
         assert getattr(whole, name).tolist() == getattr(one_by_one, name).tolist()
 

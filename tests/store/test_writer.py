@@ -37,7 +37,10 @@ def _batch(number: int, *, tokens: int = TOKENS) -> BatchRecords:
         number, (number, 1, tokens),
         {"tokens": pa.table({"token": token, "sequence_id": np.full(tokens, number)}), "routing": pa.table(routing)},
         [LoadPartial(0, "mlp", label, "prefill", count, count / 8)],
-        [ExpertPartial(0, "mlp", count, count / 8, count / 2, count / 16, peak, np.array([0, 1, 2]), np.array(first))],
+        [ExpertPartial(
+            0, "mlp", count, count / 8, count / 2, count / 16, peak, np.array([0, 1, 2]), np.array(first),
+            16 * count, 4 * count, count,
+        )],
     )  # fmt: skip
 
 

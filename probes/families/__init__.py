@@ -1,0 +1,1 @@
+"""Families of models with experts: the tiny models that stand for them."""
