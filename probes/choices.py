@@ -14,7 +14,7 @@ _VECTORS = "activations"
 
 
 def chosen_probes(
-    model: LiveModel, names: Sequence[str] | None, sites: Sequence[str | Site] = ()
+    model: LiveModel, names: Sequence[str] | None, sites: Sequence[Site] = ()
 ) -> tuple[list[ProbeEntry], dict[str, str]]:
     """The probes a run records: those named, or the default ones that this model has a use for; with sites, vectors too.
 

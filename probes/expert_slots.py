@@ -39,6 +39,7 @@ __all__ = ["SlotTap", "neurons_reachable", "reachable", "slots_tapped", "why_unr
 
 Tensors = dict[str, torch.Tensor]
 _MARK = "_moescope_slots"
+_NARROW = (torch.bfloat16, torch.float16)
 _entering = threading.Lock()
 
 
@@ -70,6 +71,8 @@ class SlotTap:
 @contextmanager
 def slots_tapped(taps: Iterable[SlotTap]) -> Iterator[None]:
     """Hand each module's slots to its receiver while the context lasts; every module is then as it was found.
+
+    Passes of the thread that entered are read; another may use the model meanwhile, and is not.
 
     Raises:
         InputError: a module whose slots cannot be read, or one that is being read already, by this thread or another.
@@ -113,7 +116,8 @@ class _Slots:
     """One module while it is tapped."""
 
     def __init__(self, tap: SlotTap) -> None:
-        self.tap, self.module = tap, tap.experts
+        self.tap, self.thread = tap, threading.get_ident()
+        self.module: Any = tap.experts
         self.plain: Callable[..., torch.Tensor] = tap.experts.forward
         self.names = argument_names(tap.experts)[:3]
         self.ways = ways_of(tap.experts)
@@ -136,13 +140,16 @@ class _Slots:
         if not self.tap.neurons:
             return
         place, name, needs_up = gate_place(self.module)
-        self.act: Callable[..., torch.Tensor] = getattr(place, name)
+        act: Any = getattr(place, name)
+        self.act: Callable[..., torch.Tensor] = act
         _override(stack, place, name, self._on_gate if needs_up else self._on_neurons)
         if needs_up and self.dispatched:
             self.gate: Callable[..., torch.Tensor] = self.module._apply_gate
             _override(stack, self.module, "_apply_gate", self._on_kernel_gate)
 
     def _forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if not self._mine():
+            return self.plain(*args, **kwargs)
         given = dict(zip(self.names, args, strict=False)) | kwargs
         hidden, ids, weights = (given[name] for name in self.names)
         name = self.module.config._experts_implementation if self.dispatched else None
@@ -171,16 +178,18 @@ class _Slots:
         """Hand over what a kernel computed at once: the kernel lets go of it soon, and it is still in the cache."""
         if self.has_norm and self.norm is not None:
             out = self.norm(out)
-        if self.decision is None:
+        if self.decision is None or not self._mine():
             return out
         ids, weights = (given.to(out.device) for given in self.decision)
+        # A compiler keeps what it adds up in float32. Asked for it in a narrower type it would round it, for the model as well.
+        seen = out.float() if torch.compiler.is_compiling() and out.dtype in _NARROW else out
         slot = number = torch.arange(ids.numel(), device=out.device)
-        ordered = out
+        ordered = seen
         if self.way == "grouped_mm":
             slot = torch.sort(ids.reshape(-1)).indices  # as the kernel sorts
             if self.tap.out:
-                ordered = out.index_select(0, torch.empty_like(slot).scatter_(0, slot, number))
-        more = {"computed": out, "slot": slot}
+                ordered = seen.index_select(0, torch.empty_like(slot).scatter_(0, slot, number))
+        more = {"computed": seen, "slot": slot}
         if self.tap.out:
             more["out"] = ordered.reshape(*ids.shape, out.shape[-1])
         if self.tap.neurons:
@@ -227,14 +236,20 @@ class _Slots:
 
     def _on_neurons(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         post = self.act(*args, **kwargs)
-        (self.notes.posts if self.way == "loop" else self.neurons).append(post)
+        if self._mine():
+            (self.notes.posts if self.way == "loop" else self.neurons).append(post)
         return post
 
     def _on_kernel_gate(self, gate_up: torch.Tensor) -> torch.Tensor:
         post = self.gate(gate_up)
-        self.neurons.append(post)
+        if self._mine():
+            self.neurons.append(post)
         return post
 
     def _on_gate(self, gate: torch.Tensor) -> Any:
         activated = self.act(gate)
-        return Activated(activated, self.notes) if self.way == "loop" else activated
+        return Activated(activated, self.notes) if self.way == "loop" and self._mine() else activated
+
+    def _mine(self) -> bool:
+        """Whether the thread that put the tap on is running; the model is anybody's to use meanwhile, and only that one's read."""
+        return torch.compiler.is_compiling() or threading.get_ident() == self.thread

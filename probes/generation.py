@@ -93,7 +93,7 @@ def end_ids(model: LiveModel) -> tuple[int, ...]:
     """The model's end-of-sequence tokens: of its generation settings, its configuration or its tokenizer, the first that
     names any; none where nobody does."""
     module: Any = model.module
-    config = getattr(module, "config", None)
+    config: Any = getattr(module, "config", None)
     text = config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
     for owner in (getattr(module, "generation_config", None), text, model.tokenizer):
         found = getattr(owner, "eos_token_id", None)
@@ -139,7 +139,8 @@ class _AllEnded:
 def _greedy(tokens: int, pad_id: int) -> Any:
     from transformers import GenerationConfig
 
-    return GenerationConfig(
+    settings: Any = GenerationConfig
+    return settings(
         max_new_tokens=tokens,
         do_sample=False,
         num_beams=1,
@@ -155,8 +156,9 @@ def _plain_settings(module: Any) -> Iterator[None]:
     """Set the model's own generation settings aside: `generate` would fill in what ours leave open."""
     from transformers import GenerationConfig
 
+    settings: Any = GenerationConfig
     own = module.generation_config
-    module.generation_config = GenerationConfig()
+    module.generation_config = settings()
     try:
         yield
     finally:

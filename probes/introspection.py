@@ -19,6 +19,7 @@ from moescope.probes.special_families import LOGITS_CHILD, SpecialRouting, speci
 _ROUTER = re.compile(r"Router|TopK|Gate$|Gating|Gate[A-Z]")
 _ROUTES = re.compile(r"Experts|Router|TopK|SparseMoe|MoE(Block|Layer)?$|Moe(Block|Layer)?$")
 _MIXER = re.compile(r"mamba|ssm|conv|linear_attn|delta|lightning|recurrent|rwkv|kda|mixer|attn|attention|temporal", re.I)
+_BESIDE = re.compile(r"mamba|ssm", re.IGNORECASE)  # state space beside attention in one block
 _MLP = re.compile(r"mlp|ffn|feed_forward|fc_block", re.I)
 _SHARED = re.compile(r"shared_experts?|shared_mlp|shared_transition")
 _HYPER = re.compile(r"_hc$|hyper_connection")  # they mix copies of the residual stream: neither mixer nor feed-forward
@@ -39,7 +40,7 @@ def look_at(model: nn.Module) -> Anatomy:
     if not blocks:
         raise InputError(
             f"moescope does not know the anatomy of {type(model).__name__}",
-            expected="a language model of transformers: a stack of transformer blocks",
+            expected="a causal language model of transformers: a stack of transformer blocks",
             found="no module list of blocks",
             fix="load a transformers causal language model, or announce your own MoE layer with register_moe",
         )
@@ -84,9 +85,9 @@ class _Finder:
         attention = [m for m in attention if not any(m is not a and m in list(a.modules()) for a in attention)]
         routed = list(self._routed(block))
         inside = {id(m) for owner in [*attention, *(m for m, _ in routed)] for m in owner.modules()}
-        mlps = list(self._dense(block, inside, {id(m) for m, _ in routed} | {id(block)}))
+        mlps = list(self._dense(block, inside, {id(m) for m, _ in routed} | {id(block)}, shared=bool(routed)))
         taken = inside | {id(m) for mlp in mlps for m in mlp.modules()}
-        mixers = [] if attention else list(self._mixers(block, taken))
+        mixers = list(self._mixers(block, taken, _BESIDE if attention else _MIXER))
         for number, module in enumerate([*attention, *mixers]):
             kind: Kind = "attention" if module in attention or _is_attention(module) else "ssm"
             yield Sublayer(layer, _numbered("attn", number), self.stack, kind, self.names[id(module)])
@@ -216,15 +217,18 @@ class _Finder:
             return 0
         return int(_first(self.config, "n_shared_experts", "num_shared_experts", "moe_num_shared_experts") or 1)
 
-    def _dense(self, block: nn.Module, inside: set[int], owners: set[int]) -> Iterator[nn.Module]:
-        """Feed-forward children of a block outside attention and routed experts: by name, or the largest."""
+    def _dense(self, block: nn.Module, inside: set[int], owners: set[int], *, shared: bool) -> Iterator[nn.Module]:
+        """Feed-forward children of a block outside attention and routed experts: by name, or the largest.
+
+        With `shared`, what is named after shared experts is theirs; in a block without experts it is a feed-forward.
+        """
         children = [
             (name, child)
             for top, direct in block.named_children()
             for name, child in ([(top, c) for c in direct] if isinstance(direct, nn.ModuleList) else [(top, direct)])
             if id(child) not in inside | owners
             and not any(id(m) in inside for m in child.modules())
-            and not _SHARED.fullmatch(name)
+            and not (shared and _SHARED.fullmatch(name))
             and any(p.ndim == 2 for p in child.parameters())
         ]
         children = [(name, c) for name, c in children if not _HYPER.search(name)]
@@ -237,9 +241,9 @@ class _Finder:
         if largest is not None:
             yield largest
 
-    def _mixers(self, block: nn.Module, taken: set[int]) -> Iterator[nn.Module]:
+    def _mixers(self, block: nn.Module, taken: set[int], pattern: re.Pattern[str]) -> Iterator[nn.Module]:
         for name, child in block.named_children():
-            mixer = not _HYPER.search(name) and _is_mixer(name, child)
+            mixer = not _HYPER.search(name) and _is_mixer(name, child, pattern)
             if mixer and not any(id(m) in taken for m in child.modules()):
                 yield child
 
@@ -332,8 +336,8 @@ def _matrices(module: nn.Module) -> int:
     return sum(p.numel() for p in module.parameters() if p.ndim == 2)
 
 
-def _is_mixer(name: str, module: nn.Module) -> bool:
-    return bool(_MIXER.search(name) or _MIXER.search(type(module).__name__)) and not _NORM.search(name)
+def _is_mixer(name: str, module: nn.Module, pattern: re.Pattern[str] = _MIXER) -> bool:
+    return bool(pattern.search(name) or pattern.search(type(module).__name__)) and not _NORM.search(name)
 
 
 def _is_attention(module: nn.Module) -> bool:

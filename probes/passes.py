@@ -232,6 +232,7 @@ def joined(batch: Batch, tokens: int, parts: Sequence[BatchRecords]) -> BatchRec
         whole.tables[name] = pa.concat_tables([part.tables[name] for part in parts if name in part.tables])
     whole.loads = _folded([partial for part in parts for partial in part.loads])
     whole.experts = _folded([partial for part in parts for partial in part.experts])
+    whole.vectors = [vectors for part in parts for vectors in part.vectors]
     whole.vectors = [rows for part in parts for rows in part.vectors]
     return whole
 

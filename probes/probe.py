@@ -7,7 +7,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -36,7 +35,6 @@ class ProbeContext:
         rules: (layer, block) → the routing rule found there, verified or not.
         sites, share, seed: of the probe `activations`: where vectors are kept, for which share of the tokens, chosen by
             hash(seed, sequence, position).
-        vectors: folder for the shards of vectors, beside the store; None where none are kept.
         problems: site → why its records are not to be trusted; a probe adds to it with `report`.
     """
 
@@ -46,7 +44,6 @@ class ProbeContext:
     sites: tuple[Site, ...] = ()
     share: float = 1.0
     seed: int = 0
-    vectors: Path | None = None
     problems: dict[str, str] = field(default_factory=dict)
     _reported: dict[str, dict[str, str]] = field(default_factory=dict, repr=False)
 

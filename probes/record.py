@@ -142,14 +142,15 @@ class Recording:
         self.model, self.corpus, self.store, self.name, self.seed = model, corpus, store, name, seed
         self.generate = generate
         self.side: Side = "left" if padding == "left" or (generate and padding is None) else "right"
-        self.entries, self.left_out = chosen_probes(model, probes, sites)
+        read = tuple(dict.fromkeys(read_site(site, model.anatomy) for site in sites))
+        self.entries, self.left_out = chosen_probes(model, probes, read)
         self.facts: CorpusFacts = corpus.facts()
         self.max_length = longest(model, max_length, generate)
         self.plan = BatchPlan(corpus, model.tokenizer, batch_size, self.max_length, model.anatomy.vocabulary)
         self.context = ProbeContext(
             model.anatomy,
             model.tokenizer,
-            sites=tuple(dict.fromkeys(read_site(site, model.anatomy) for site in sites)),
+            sites=read,
             share=sample,
             seed=seed,
         )
@@ -260,7 +261,6 @@ class Recording:
             corpus_fingerprint=self.facts.fingerprint,
             anatomy=self.model.anatomy.facts(),
         )
-        self.context.vectors = self.store.path.with_suffix(".vectors") / run.run_id
         self.store.add_layers(run, [self._layer_row(s) for s in self.model.anatomy.sublayers])
         return run
 

@@ -7,6 +7,7 @@ widened to float32 there. As registered operators they also run under fake tenso
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import torch
@@ -138,7 +139,7 @@ def _neurons_on_cpu(
     counts = np.full((2, slots), -1, np.int32)
     rows = slot.numpy()
     for start, stop, piece in _pieces(post, widen=threshold > 0):
-        values = _magnitude_bits(piece) if threshold <= 0 else np.abs(piece.numpy())
+        values: NDArray[Any] = _magnitude_bits(piece) if threshold <= 0 else np.abs(piece.numpy())
         zeros = _count(values == 0)
         counts[0, rows[start:stop]] = zeros
         # NaN, whose comparison with any threshold is false, is told of elsewhere.
@@ -155,7 +156,10 @@ def _fake_neurons(
 
 
 def _norms(out: torch.Tensor) -> torch.Tensor:
-    return torch.linalg.vector_norm(out.float() if out.dtype == torch.float64 else out, dim=-1, dtype=torch.float32)
+    norms: torch.Tensor = torch.linalg.vector_norm(
+        out.float() if out.dtype == torch.float64 else out, dim=-1, dtype=torch.float32
+    )
+    return norms
 
 
 def _expert_of(ids: torch.Tensor, experts: int) -> torch.Tensor:
@@ -179,7 +183,7 @@ def _magnitude_bits(piece: torch.Tensor) -> NDArray[np.generic]:
     if piece.dtype in _NARROW:
         bits: NDArray[np.generic] = piece.view(torch.int16).numpy() & np.int16(0x7FFF)
         return bits
-    return piece.numpy()  # type: ignore[no-any-return]
+    return piece.numpy()
 
 
 def _count(flags: NDArray[np.bool_]) -> NDArray[np.integer]:

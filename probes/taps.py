@@ -26,11 +26,11 @@ from moescope.core.sites import (
     Site,
 )
 from moescope.probes.anatomy import Anatomy, Sublayer
-from moescope.probes.attention_taps import attention_sites, tap_attention
+from moescope.probes.attention_taps import attention_refusals, attention_sites, tap_attention
 from moescope.probes.decision_readers import READERS
 from moescope.probes.expert_slots import SlotTap, slots_tapped
 from moescope.probes.foreign.taps import foreign_taps
-from moescope.probes.stream_taps import stream_sites, tap_stream
+from moescope.probes.stream_taps import stream_refusals, stream_sites, tap_stream
 
 Receive = Callable[[Site, dict[str, torch.Tensor]], None]
 
@@ -190,6 +190,9 @@ def _unknown(site: Site, model: nn.Module, anatomy: Anatomy) -> InputError:
             found=f"the inside of its experts cannot be read: {reason}",
             fix="record without the probes `experts` and `expert_outputs`; routing is recorded all the same",
         )
+    refusals = stream_refusals(model, anatomy) | attention_refusals(model, anatomy)
+    if site in refusals:
+        return InputError(f"this model has no site {site}", found=refusals[site], fix="leave this site out")
     names = [str(s) for s in sites_of(model, anatomy)]
     near = difflib.get_close_matches(str(site), names, 3, 0.3)
     if site.layer >= anatomy.n_layers:

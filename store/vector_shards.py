@@ -119,7 +119,7 @@ def _write_safetensors(
     text += b" " * (-len(text) % 8)
     digest = hashlib.sha256()
     with written_whole(target) as partial, partial.open("wb") as file:
-        data = (np.ascontiguousarray(array).data.cast("B") for _, array in arrays.values() if array.size)
+        data = (memoryview(np.ascontiguousarray(array)).cast("B") for _, array in arrays.values() if array.size)
         for piece in (len(text).to_bytes(8, "little"), text, *data):
             file.write(piece)
             digest.update(piece)

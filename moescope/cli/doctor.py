@@ -19,7 +19,8 @@ def doctor(
     model: Annotated[str, typer.Argument(help='Model to check: "demo", a Hub id, a folder or a .gguf file.')] = "demo",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, …")] = "auto",
     families: Annotated[
-        bool, typer.Option("--families", help="Build every model type with experts in tiny form, record it, and list them.")
+        bool,
+        typer.Option("--families", help="Build every model type with experts in tiny form, record it, and list them."),
     ] = False,
     markdown: Annotated[bool, typer.Option("--markdown", help="With --families: print the table as Markdown.")] = False,
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,

@@ -125,7 +125,8 @@ def profile(
         revision=revision,
         trust_remote_code=trust_remote_code,
     )
-    chosen, left_out = chosen_probes(live, names, sites)
+    read = [read_site(s, live.anatomy) for s in sites]
+    chosen, left_out = chosen_probes(live, names, read)
     if dry_run:
         plan = {
             "model": repr(live),
@@ -133,7 +134,7 @@ def profile(
             "store": str(store),
             "probes": ", ".join(entry.name for entry in chosen),
             "left out": "; ".join(f"{name}: {reason}" for name, reason in left_out.items()),
-            "sites": ", ".join(str(read_site(s, live.anatomy)) for s in sites),
+            "sites": ", ".join(map(str, read)),
             "longest sequence": longest(live, max_length, generate),
             "generate": generate,
             "corpus": corpus.name,

@@ -126,8 +126,7 @@ class ExpertsProbe(Probe):
 
 def experts_site(s: Sublayer) -> Site:
     """Where slot outputs are read: with the neurons where these can be seen, in the kernel's own order."""
-    neurons: bool = getattr(s, "neurons", s.unreachable is None)
-    return Site(s.layer, s.block, EXPERT_POST if neurons else EXPERT_OUT)
+    return Site(s.layer, s.block, EXPERT_POST if s.neurons else EXPERT_OUT)
 
 
 def computed_slots(tensors: Tensors) -> tuple[torch.Tensor, torch.Tensor]:

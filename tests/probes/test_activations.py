@@ -71,7 +71,7 @@ def vectors_by_hand(site: Site, tensors: dict[str, Any], position: int, width: i
         return list(zip(tensors["out"][flat], tensors["indices"][flat].tolist(), strict=True))
     if site.tensor == "experts.hook_post":
         k = tensors["indices"].shape[1]
-        found = {place: post for place, post in zip(tensors["slot"].tolist(), tensors["post"], strict=True)}
+        found = dict(zip(tensors["slot"].tolist(), tensors["post"], strict=True))
         return [(found[flat * k + n], expert) for n, expert in enumerate(tensors["indices"][flat].tolist())]
     name = next(n for n in ("resid", "out", "logits", "post", "q", "k", "v", "z") if n in tensors)
     whole = tensors[name]
@@ -91,7 +91,9 @@ def test_vectors_of_every_site_are_those_that_passed_it(
     module.set_experts_implementation(backend)
     model = ms.load(module)
     sites = [s for s in sites_of(module, model.anatomy) if s.tensor not in NO_VECTORS]
-    assert {"hook_resid_post", "experts.hook_out", "experts.hook_post", "hook_router_logits"} <= {s.tensor for s in sites}
+    assert {"hook_resid_post", "experts.hook_out", "experts.hook_post", "hook_router_logits"} <= {
+        s.tensor for s in sites
+    }
     run = record_ids(module, SEQUENCES, batch_size=2, sites=sites, sample=SHARE, seed=SEED)
     assert run.status == "complete"
     seen = passing(module, sites, 2)
@@ -180,7 +182,10 @@ def test_null_experts_have_no_neurons_to_keep(record_ids: Callable[..., Any]) ->
 
 def test_the_ledger_counts_sampled_tokens(record_ids: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
     module, site = build_tiny("olmoe"), "blocks.1.hook_resid_post"
-    ledger = lambda run: {r["site"]: (r["expected"], r["recorded"], r["status"]) for r in run.coverage.table.to_pylist()}  # noqa: E731
+
+    def ledger(run: Any) -> dict[str, tuple[int, int, str]]:
+        return {r["site"]: (r["expected"], r["recorded"], r["status"]) for r in run.coverage.table.to_pylist()}
+
     options = {"batch_size": 2, "sites": [site], "sample": SHARE, "seed": SEED}
     good = ledger(record_ids(module, SEQUENCES, name="good", **options))
     assert good[f"{site} vectors"] == (len(picked()), len(picked()), "complete")
@@ -240,4 +245,8 @@ def test_taps_read_nothing_back(without_values: Callable[[], Any]) -> None:
 def without_values(request: pytest.FixtureRequest) -> Callable[[], Any]:
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    return (lambda: FakeTensorMode(allow_non_fake_inputs=True)) if request.param == "fake" else (lambda: torch.device("meta"))
+    return (
+        (lambda: FakeTensorMode(allow_non_fake_inputs=True))
+        if request.param == "fake"
+        else (lambda: torch.device("meta"))
+    )

@@ -14,6 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import moescope as ms
 from moescope.probes.expert_slots import SlotTap, neurons_reachable, reachable, slots_tapped, why_unreachable
 from moescope.probes.families.tiny import build_tiny
+from moescope.probes.slot_reductions import neuron_counts, slot_norms
 
 IDS = torch.tensor([[5, 9, 13, 2, 7, 11, 3, 8], [4, 8, 15, 16, 23, 42, 1, 6]])
 BACKENDS = ("grouped_mm", "batched_mm", "eager")
@@ -92,6 +93,32 @@ def test_compiled_with_taps_equals_compiled_without(experts: str, tiny_model: Ca
         tapped = logits(compiled())
     torch._dynamo.reset()
     assert len(seen) == 2
+    assert torch.equal(plain, tapped)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("experts", ["grouped_mm", "batched_mm"])
+@pytest.mark.parametrize("model_type", ["olmoe", "gpt_oss"])
+def test_generated_code_with_taps_equals_that_without(model_type: str, experts: str) -> None:
+    """A compiler fuses, and rounds less than the model: taps must not make it round where it would not."""
+    module: Any = build_tiny(model_type, dtype=torch.bfloat16)
+    module.set_experts_implementation(experts)
+    held = [module.get_submodule(s.experts_path) for s in ms.load(module).anatomy.moe if s.experts_path]
+    seen: list[torch.Tensor] = []
+
+    def receive(tensors: dict[str, torch.Tensor]) -> None:
+        seen.append(slot_norms(tensors["computed"], tensors["slot"]))
+        seen.append(neuron_counts(tensors["post"], tensors["slot"], tensors["indices"].numel(), 0.0)[0])
+
+    def compiled() -> Any:
+        torch._dynamo.reset()
+        return torch.compile(module, fullgraph=True)
+
+    plain = logits(compiled())
+    with slots_tapped([SlotTap(e, receive, neurons=True, out=False) for e in held]):
+        tapped = logits(compiled())
+    torch._dynamo.reset()
+    assert len(seen) == 2 * len(held)
     assert torch.equal(plain, tapped)
 
 
@@ -179,6 +206,31 @@ def test_a_second_reader_is_refused_whatever_thread_it_is_in(tiny_model: Callabl
     assert [("already being recorded" in text) for text in refused] == [True, True]
     assert len(seen) == 1
     assert state(module) == before
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_passes_of_another_thread_are_not_read(backend: str, tiny_model: Callable[..., Any]) -> None:
+    """Here one runs in the midst of each layer of a pass that is read; neither disturbs the other."""
+    module, other = tiny_model("olmoe", experts=backend), IDS.flip(1)
+    plain, plain_other, expected = logits(module), logits(module, other), []
+    with slots_tapped(taps_on(module, expected.append, neurons=True)):
+        logits(module)
+    seen: list[dict[str, torch.Tensor]] = []
+    given: list[torch.Tensor] = []
+
+    def receive(tensors: dict[str, torch.Tensor]) -> None:
+        seen.append(tensors)
+        thread = threading.Thread(target=lambda: given.append(logits(module, other)))
+        thread.start()
+        thread.join()
+
+    with slots_tapped(taps_on(module, receive, neurons=True)):
+        assert torch.equal(logits(module), plain)
+    assert len(seen) == len(expected) == 2
+    for a, b in zip(seen, expected, strict=True):
+        assert {name: torch.equal(tensor, b[name]) for name, tensor in a.items()} == dict.fromkeys(b, True)
+    assert len(given) == 2
+    assert all(torch.equal(found, plain_other) for found in given)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 import moescope as ms
 from moescope.core.sites import EXPERT_INDICES, EXPERT_OUT, RESID_POST, ROUTER_LOGITS, Site
@@ -165,12 +166,40 @@ def test_a_dense_model_says_that_it_has_no_router_sites(tiny_model: Callable[...
         pytest.fail("the context must not begin")
 
 
-def test_experts_that_transformers_does_not_dispatch_are_refused_with_the_reason(
-    qwen: Any, monkeypatch: pytest.MonkeyPatch
+class QuantisedExperts(nn.Module):
+    """Experts of eight-bit weights, as a library for quantised inference puts them in place of the model's own."""
+
+    def __init__(self, plain: Any) -> None:
+        super().__init__()
+        self.num_experts, self.act_fn = plain.num_experts, plain.act_fn
+        for name in ("gate_up_proj", "down_proj"):
+            weight = getattr(plain, name).detach()
+            scale = weight.abs().amax() / 127
+            setattr(self, f"{name}_scale", scale)
+            setattr(self, name, nn.Parameter((weight / scale).round().to(torch.int8), requires_grad=False))
+
+    def forward(self, hidden_states: Any, top_k_index: Any, top_k_weights: Any) -> Any:
+        up, down = (getattr(self, n).float() * getattr(self, f"{n}_scale") for n in ("gate_up_proj", "down_proj"))
+        out = torch.zeros_like(hidden_states)
+        for slot in range(top_k_index.shape[1]):
+            ids = top_k_index[:, slot]
+            gate, rise = torch.einsum("th,teh->te", hidden_states, up[ids]).chunk(2, -1)
+            mapped = torch.einsum("te,the->th", self.act_fn(gate) * rise, down[ids])
+            out += mapped * top_k_weights[:, slot, None]
+        return out
+
+
+def test_of_quantised_experts_the_routing_is_recorded_and_the_inside_refused_with_the_reason(
+    qwen: Any, token_ids: Callable[..., Any], record_ids: Callable[..., Any]
 ) -> None:
-    monkeypatch.setattr(type(qwen.model.layers[0].mlp.experts), "forward", lambda self, h, i, w: h)
+    for layer in qwen.model.layers:
+        layer.mlp.experts = QuantisedExperts(layer.mlp.experts)
+    run = record_ids(qwen, token_ids((5, 9)))
+    assert run.status == "complete"
+    assert run.rows("routing") == 14 * 2
+    assert "quantised (int8)" in run.info["summary"]["left_out"]["experts"]
     with (
-        pytest.raises(ms.InputError, match=r"cannot be read.*record without the probe"),
+        pytest.raises(ms.InputError, match=r"cannot be read: its weights are quantised.*without the probe"),
         tapped(qwen, ms.load(qwen).anatomy, [Site(0, "mlp", EXPERT_OUT)], lambda *_: None),
     ):
         pytest.fail("the context must not begin")
