@@ -85,6 +85,28 @@ class Batch:
         ids[mask] = np.concatenate([s.token_ids for s in self.sequences])
         return ids, mask
 
+    def spans(self, *, side: Side = "right") -> list[tuple[int, int]]:
+        """Which of the row · position places hold real tokens once padded: first and one past the last, joined where they meet.
+
+        Example:
+            >>> text = Document("", None, "", {})
+            >>> rows = [Sequence(n, n, text, 0, "", np.zeros(length, np.int64)) for n, length in enumerate((3, 3, 2))]
+            >>> found = Batch(0, tuple(rows), 0)
+            >>> found.spans()
+            [(0, 8)]
+            >>> found.spans(side="left")
+            [(0, 6), (7, 9)]
+        """
+        lengths, width = self.lengths, int(self.lengths.max())
+        found: list[tuple[int, int]] = []
+        for row, length in enumerate(map(int, lengths)):
+            first = (row + 1) * width - length if side == "left" else row * width
+            if found and found[-1][1] == first:
+                found[-1] = (found[-1][0], first + length)
+            else:
+                found.append((first, first + length))
+        return found
+
 
 @dataclass
 class BatchPlan:

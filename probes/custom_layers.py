@@ -49,7 +49,9 @@ def register_moe(
         >>> register_moe(MyMoE, lambda moe, inputs, output: (moe.last_ids, moe.last_weights), n_experts=8, top_k=2)
     """
     if not (isinstance(layer, type) and issubclass(layer, nn.Module)):
-        raise InputError("register_moe takes a class of module", found=repr(layer), fix="pass the class, not an instance")
+        raise InputError(
+            "register_moe takes a class of module", found=repr(layer), fix="pass the class, not an instance"
+        )
     _REGISTERED[layer] = CustomLayer(decision, n_experts, top_k, router)
 
 

@@ -18,7 +18,9 @@ from moescope.probes.special_families import LOGITS_CHILD, SpecialRouting, speci
 
 _ROUTER = re.compile(r"Router|TopK|Gate$|Gating|Gate[A-Z]")
 _ROUTES = re.compile(r"Experts|Router|TopK|SparseMoe|MoE(Block|Layer)?$|Moe(Block|Layer)?$")
-_MIXER = re.compile(r"mamba|ssm|conv|linear_attn|delta|lightning|recurrent|rwkv|kda|mixer|attn|attention|temporal", re.I)
+_MIXER = re.compile(
+    r"mamba|ssm|conv|linear_attn|delta|lightning|recurrent|rwkv|kda|mixer|attn|attention|temporal", re.I
+)
 _BESIDE = re.compile(r"mamba|ssm", re.IGNORECASE)  # state space beside attention in one block
 _MLP = re.compile(r"mlp|ffn|feed_forward|fc_block", re.I)
 _SHARED = re.compile(r"shared_experts?|shared_mlp|shared_transition")
@@ -46,7 +48,9 @@ def look_at(model: nn.Module) -> Anatomy:
         )
     finder = _Finder(model, config)
     sublayers = tuple(s for layer, block in enumerate(blocks) for s in finder.sublayers(layer, block))
-    routing = sorted({type(m).__name__ for block in blocks for m in block.modules() if _ROUTES.search(type(m).__name__)})
+    routing = sorted(
+        {type(m).__name__ for block in blocks for m in block.modules() if _ROUTES.search(type(m).__name__)}
+    )
     if routing and not any(s.kind == "moe" for s in sublayers):
         raise InputError(
             f"{type(model).__name__} has experts that moescope cannot reach",
@@ -57,8 +61,8 @@ def look_at(model: nn.Module) -> Anatomy:
     embeddings = _embeddings(model)
     return Anatomy(
         architecture=type(model).__name__,
-        d_model=int(_first(config, "hidden_size", "d_model", "n_embd") or getattr(embeddings, "embedding_dim", 0)),
-        vocabulary=int(_first(config, "vocab_size") or getattr(embeddings, "num_embeddings", 0)),
+        d_model=_first(config, "hidden_size", "d_model", "n_embd") or int(getattr(embeddings, "embedding_dim", 0)),
+        vocabulary=_first(config, "vocab_size") or int(getattr(embeddings, "num_embeddings", 0)),
         parameters=sum(p.numel() for p in model.parameters()),
         context=_context(config),
         block_paths=tuple(finder.names[id(block)] for block in blocks),
@@ -98,9 +102,7 @@ class _Finder:
                 yield s
         for number, mlp in enumerate(mlps, used.get("mlp", 0)):
             width = _dense_width(mlp, self.config)
-            yield Sublayer(
-                layer, _numbered("mlp", number), self.stack, "dense", self.names[id(mlp)], d_expert=width
-            )
+            yield Sublayer(layer, _numbered("mlp", number), self.stack, "dense", self.names[id(mlp)], d_expert=width)
 
     def _routed(self, block: nn.Module) -> Iterator[tuple[nn.Module, list[Sublayer]]]:
         """Modules that route, each with its routers."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
@@ -11,13 +13,18 @@ _SLICE_ELEMENTS_ELSEWHERE = 1 << 25
 
 
 def token_nll(
-    logits: Float[torch.Tensor, "row position vocabulary"], ids: Int[torch.Tensor, "row position"]
+    logits: Float[torch.Tensor, "row position vocabulary"],
+    ids: Int[torch.Tensor, "row position"],
+    *,
+    spans: Sequence[tuple[int, int]] | None = None,
 ) -> tuple[Float[torch.Tensor, "row position"], Int[torch.Tensor, "row position"]]:
     """NLL of every token given those before it, and the most likely next token at every position.
 
     Args:
         logits: the model's output, any float type; read once, a few rows at a time in float32.
         ids: the tokens the model was given.
+        spans: which of the row · position places hold real tokens, as pairs of first and one past the last; None for all.
+            The others are left out (NaN and 0).
 
     Returns:
         nll in nats (equal to `CrossEntropyLoss` on float32 logits), NaN at column 0, where nothing was predicted (with
@@ -32,14 +39,15 @@ def token_nll(
     rows, positions, vocabulary = logits.shape
     flat = logits.reshape(rows * positions, vocabulary)
     following = F.pad(ids[:, 1:], (0, 1)).flatten()
-    losses = torch.empty(rows * positions, device=logits.device, dtype=torch.float32)
-    best = torch.empty(rows * positions, device=logits.device, dtype=torch.int64)
+    losses = torch.full((rows * positions,), torch.nan, device=logits.device)
+    best = torch.zeros(rows * positions, device=logits.device, dtype=torch.int64)
     step = max(1, _SLICE_ELEMENTS.get(logits.device.type, _SLICE_ELEMENTS_ELSEWHERE) // vocabulary)
-    for start in range(0, len(flat), step):
-        part = slice(start, start + step)
-        scores = flat[part].float()
-        losses[part] = F.cross_entropy(scores, following[part], reduction="none")
-        best[part] = most_likely(scores)
+    for first, end in [(0, len(flat))] if spans is None else spans:
+        for start in range(first, end, step):
+            part = slice(start, min(start + step, end))
+            scores = flat[part].float()
+            losses[part] = F.cross_entropy(scores, following[part], reduction="none")
+            best[part] = most_likely(scores)
     shifted = torch.full((rows, positions), torch.nan, device=logits.device)
     shifted[:, 1:] = losses.reshape(rows, positions)[:, :-1]
     return shifted, best.reshape(rows, positions)

@@ -42,6 +42,7 @@ class _Step:
     ids: Int[torch.Tensor, "row position"]
     mask: Bool[torch.Tensor, "row position"]
     nll: Float[torch.Tensor, "row position"] | None = None
+    spans: list[tuple[int, int]] | None = None
     kept: dict[Any, dict[str, torch.Tensor]] = field(default_factory=dict)
     fired: Counter[Site] = field(default_factory=Counter)
     _masks: dict[torch.device, torch.Tensor] = field(default_factory=dict)
@@ -170,9 +171,14 @@ class Passes:
 
     def _enter(self, batch: Batch, ids: torch.Tensor, mask: torch.Tensor) -> None:
         """A forward pass begins."""
-        self._step = self._answer_step(ids) if self._done else _Step("prefill", ids, mask)
+        self._step = self._answer_step(ids) if self._done else self._text_step(batch, ids, mask)
         for probe in self.probes:
             probe.enter(batch, step=len(self._done), side=self.side)
+
+    def _text_step(self, batch: Batch, ids: torch.Tensor, mask: torch.Tensor) -> _Step:
+        # Losses of padding would be a third of the work on a CPU; elsewhere one long call beats many short ones.
+        spans = batch.spans(side=self.side) if ids.device.type == "cpu" else None
+        return _Step("prefill", ids, mask, spans=spans)
 
     def _answer_step(self, ids: torch.Tensor) -> _Step:
         if ids.shape[1] != 1 or self._alive is None or self._last is None:
@@ -193,7 +199,7 @@ class Passes:
         assert step is not None
         self._step = None
         if step.nll is None:
-            nll, predicted = token_nll(logits, step.ids.to(logits.device))
+            nll, predicted = token_nll(logits, step.ids.to(logits.device), spans=step.spans)
         else:
             nll, predicted = step.nll, most_likely(logits[:, -1].float()).unsqueeze(1)
         if self.generate:

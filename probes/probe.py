@@ -164,6 +164,13 @@ class Probe(ABC):
         """Facts of the whole run, for `runs.summary`; asked for once every batch has been turned into rows."""
         return {}
 
+    def state(self) -> dict[str, Any]:
+        """What the probe has counted so far, as JSON data, for a run that is stopped and goes on; called after `rows`."""
+        return {}
+
+    def restore(self, state: Mapping[str, Any]) -> None:  # noqa: B027  most probes count nothing across batches
+        """Go on from what `state` gave."""
+
     def close(self) -> None:  # noqa: B027  most probes hold nothing
         """Let go of what the probe holds."""
 

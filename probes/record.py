@@ -31,6 +31,7 @@ from moescope.probes.rule_search import find_rules
 from moescope.probes.selfcheck import check_generation, check_left_padding, check_taps, first_look
 from moescope.store.coverage import Expectation
 from moescope.store.ending import end_run
+from moescope.store.resuming import Stopped, reopen, stopped_run
 from moescope.store.run import Run
 from moescope.store.store import Store
 from moescope.store.writer import BatchRecords, RunWriter
@@ -57,6 +58,7 @@ def record(
     max_length: int = 512,
     padding: str | None = None,
     seed: int = 0,
+    resume: bool = False,
     progress: bool = True,
 ) -> Run:
     """Run a corpus through a model and keep what the probes see.
@@ -78,6 +80,9 @@ def record(
         padding: side at which shorter sequences are filled up: "left" or "right"; None for left where texts are continued,
             which needs it, and right elsewhere. Both give the same records but for rounding.
         seed: stored with the run; the only thing it decides is which tokens a sample takes.
+        resume: go on with the run of this name where it was stopped (killed, interrupted, or failed), after its last whole
+            chunk; the plan must be the same, and on the same machine the rows are those of an unbroken run. A run that is
+            complete is given back as it is; one that does not exist is begun.
         progress: draw a progress bar on stderr.
 
     Returns:
@@ -112,6 +117,7 @@ def record(
         max_length=max_length,
         padding=padding,
         seed=seed,
+        resume=resume,
     )
     return recording.run(progress=progress)
 
@@ -134,6 +140,7 @@ class Recording:
         max_length: int = 512,
         padding: str | None = None,
         seed: int = 0,
+        resume: bool = False,
     ) -> None:
         check_sizes(batch_size, max_length, generate, sample, padding)
         if store.read_only:
@@ -155,8 +162,31 @@ class Recording:
             seed=seed,
         )
         self.prefilled = self.generated = self.sequences = self._next_token = 0
+        self.before: Stopped | None = self._stopped() if resume else None
         with claimed(model.module, name):
             self._look_first()
+        if self.before is not None:
+            self._go_on_from(self.before)
+
+    def _stopped(self) -> Stopped | None:
+        """The run of this name as it was left, if there is one."""
+        plan = {
+            "model": self.model.name,
+            "revision": self.model.revision,
+            "corpus_fingerprint": self.facts.fingerprint,
+            "seed": self.seed,
+            "settings": self._settings(),
+        }
+        widths = {(s.layer, s.block): s.n_choices for s in self.model.anatomy.moe}
+        return stopped_run(self.store, self.name, plan, widths)
+
+    def _go_on_from(self, before: Stopped) -> None:
+        self.generated, self.sequences, self._next_token = before.generated, before.sequences, before.tokens
+        self.prefilled = before.tokens - before.generated
+        for site, problem in before.state.get("problems", {}).items():
+            self.context.report(site, problem)
+        for probe, entry in zip(self.probes, self.entries, strict=True):
+            probe.restore(before.state.get("probes", {}).get(entry.name, {}))
 
     def _look_first(self) -> None:
         """Find the routing rules on the first sequences, and try there whatever the run will do."""
@@ -182,10 +212,17 @@ class Recording:
 
     def run(self, *, progress: bool) -> Run:
         """Record, settle the ledger, give the run its final status."""
+        if self.before is not None and self.before.run.complete:
+            return self.before.run
         with claimed(self.model.module, self.name):
             run = self._begin()
-            started = time.perf_counter()
-            writer = RunWriter(self.store, run.run_id)
+            started = time.perf_counter() - (self.before.seconds if self.before else 0.0)
+            writer = RunWriter(
+                self.store,
+                run.run_id,
+                progress=lambda: self._progress(time.perf_counter() - started),
+                after=self.before,
+            )
             passes = Passes(self.model, self.probes, self.context, generate=self.generate, side=self.side)
             failure: BaseException | None = None
             try:
@@ -209,6 +246,9 @@ class Recording:
     def _forward_passes(self, passes: Passes, writer: RunWriter, started: float, *, progress: bool) -> None:
         with RunProgress(f"recording {self.name}", self.facts.characters, shown=progress) as bar, passes.open():
             for batch in self.plan:
+                if self.before is not None and batch.number < self.before.batches:
+                    bar.advance_to(batch.characters, self.tokens, time.perf_counter() - started)
+                    continue
                 finish = passes.run(batch)
                 # Counted before they are handed over: whatever interrupts here, nothing is in the store uncounted.
                 self.prefilled += batch.tokens
@@ -237,8 +277,16 @@ class Recording:
 
         return make_rows
 
-    def _begin(self) -> Run:
-        settings = {
+    def _progress(self, seconds: float) -> dict[str, Any]:
+        """What the run needs to go on after its last whole chunk."""
+        state = {
+            "problems": dict(self.context.problems),
+            "probes": {e.name: probe.state() for e, probe in zip(self.entries, self.probes, strict=True)},
+        }
+        return {"state": state, "seconds": round(seconds, 3)}
+
+    def _settings(self) -> dict[str, Any]:
+        return {
             "probes": [e.name for e in self.entries],
             "batch_size": self.plan.batch_size,
             "max_length": self.max_length,
@@ -250,12 +298,17 @@ class Recording:
             "corpus": self.corpus.name,
             **self.model.settings(),
         }
+
+    def _begin(self) -> Run:
+        if self.before is not None:
+            reopen(self.store, self.before.run)
+            return self.store.run(self.name)
         run = self.store.begin_run(
             name=self.name,
             model=self.model.name,
             revision=self.model.revision,
             architecture=self.model.anatomy.architecture,
-            settings=settings,
+            settings=self._settings(),
             versions=library_versions(),
             seed=self.seed,
             corpus_fingerprint=self.facts.fingerprint,
@@ -295,6 +348,8 @@ class Recording:
             "first_skipped": self.facts.first_skipped,
             "stopped": stopped,
             "left_out": self.left_out,
+            "resumed_at_batch": self.before.batches if self.before else None,
+            **({"progress": self._progress(seconds)} if stopped else {}),
             **{key: value for probe in self.probes for key, value in probe.summary().items()},
         }
         failed = failure is not None and not isinstance(failure, KeyboardInterrupt)

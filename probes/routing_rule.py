@@ -189,7 +189,7 @@ class BoundRule:
 
 
 def _limited(scores: Logits, groups: Groups) -> Logits:
-    grouped = scores.unflatten(-1, (groups.number, -1))
+    grouped = scores.reshape(*scores.shape[:-1], groups.number, -1)
     worth = grouped.topk(2, dim=-1).values.sum(-1) if groups.by == "top2" else grouped.amax(-1)
     kept = torch.zeros_like(worth).scatter(-1, worth.topk(groups.kept, dim=-1).indices, 1).bool()
     allowed = kept.unsqueeze(-1).expand_as(grouped).flatten(-2)

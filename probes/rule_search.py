@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
 from itertools import product
 from typing import Any
 
@@ -21,6 +20,7 @@ from moescope.probes.taps import tapped
 _MOST_TOKENS = 1024
 _RELATIVE = {torch.float32: 1e-3, torch.float64: 1e-3}
 _RELATIVE_NARROW = 2e-2
+_MEASURED = {"agreement", "choice_agreement", "weight_agreement", "tokens"}
 
 
 def find_rules(model: LiveModel, batch: Batch) -> dict[tuple[int, str], BoundRule]:
@@ -96,7 +96,7 @@ def find_rule(
 
 def router_vectors(module: nn.Module, s: Sublayer) -> dict[str, Vector]:
     """Parameters and buffers of a router, or of the block it is in, that hold one number for each of its choices."""
-    found = {}
+    found: dict[str, Vector] = {}
     sizes = {s.n_experts, (s.n_experts or 0) + (s.n_null or 0)}
     places = [(s.router_path, True), (s.path, False)]
     for path, deep in places:
@@ -104,7 +104,8 @@ def router_vectors(module: nn.Module, s: Sublayer) -> dict[str, Vector]:
             continue
         owner = module.get_submodule(path)
         named = [*owner.named_parameters(recurse=deep), *owner.named_buffers(recurse=deep)]
-        found |= {f"{path}.{name}": t.detach().flatten() for name, t in named if t.numel() in sizes}
+        # Weights that are brought in only while a module runs cannot be read here.
+        found |= {f"{path}.{name}": t.detach().flatten() for name, t in named if t.numel() in sizes and not t.is_meta}
     return found
 
 
@@ -119,7 +120,7 @@ def _candidates(
     number, kept = settings.get("n_group") or 1, settings.get("topk_group") or 1
     limits: list[Groups | None] = [None]
     if number > 1 and kept < number:
-        limits += [Groups(number, kept, by, others) for by in ("top2", "max") for others in ("-inf", "zero")]  # type: ignore[arg-type]
+        limits += [Groups(number, kept, by, others) for by in ("top2", "max") for others in ("-inf", "zero")]
     scores: tuple[Score, ...] = ("softmax", "sigmoid", "sqrtsoftplus")
     dtypes = ("float32",) if dtype == torch.float32 else ("float32", "logits", "mixed")
     biases: list[str | None] = [None, *vectors]
@@ -181,5 +182,5 @@ def _settings(module: nn.Module, s: Sublayer) -> dict[str, Any]:
 
 def same_form(a: RoutingRule, b: RoutingRule) -> bool:
     """Whether two rules are the same, whatever their measured agreement."""
-    blank = {"agreement": 0.0, "choice_agreement": 0.0, "weight_agreement": 0.0, "tokens": 0}
-    return replace(a, **blank) == replace(b, **blank)
+    one, other = ({k: v for k, v in vars(rule).items() if k not in _MEASURED} for rule in (a, b))
+    return one == other

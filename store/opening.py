@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import os
 import re
-from datetime import UTC, datetime
+import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import duckdb
 
 from moescope.core.errors import StoreError
-from moescope.store.schema import SCHEMA_VERSION, TABLES
-from moescope.store.transaction import transaction
+from moescope.store.file_checks import checked_path, may_write
+from moescope.store.making import make
+from moescope.store.migrations.steps import oldest
+from moescope.store.migrations.upgrade import upgrade
+from moescope.store.schema import SCHEMA_VERSION
+from moescope.store.sql_text import literal
 
-_MAGIC = b"DUCK"
 _OTHER_OBJECTS = """
     SELECT
         (SELECT count(*) FROM duckdb_views() WHERE NOT internal)
@@ -24,57 +29,77 @@ _OTHER_OBJECTS = """
 _HOLDER = re.compile(r"held in (?P<program>.+?) \(PID (?P<pid>\d+)\)")
 
 
-def open_connection(path: Path, *, read_only: bool) -> duckdb.DuckDBPyConnection:
-    """Connect to the store at `path`, making it where it is not there yet.
+def open_connection(path: Path, *, read_only: bool, folders: Sequence[Path] = ()) -> duckdb.DuckDBPyConnection:
+    """Connect to the store at `path`, making it where it is not there yet, and upgrading it where it is older.
+
+    Args:
+        path: the file; links are followed.
+        read_only: change nothing. No query can then touch a file outside the store, nor undo that: a file from
+            elsewhere may hold views that would read yours.
+        folders: where queries may read and write files all the same.
 
     Raises:
         StoreError: not a DuckDB file, another program's file, written by a newer version, held by another process, no
-            permission, or missing where `read_only`. Nothing is changed in any of these cases.
+            permission, damaged; missing, or older, where `read_only`. Nothing is changed in any of these cases.
     """
-    _check_file(path, read_only=read_only)
-    try:
-        connection = duckdb.connect(str(path), read_only=read_only)
-    except duckdb.Error as refused:
-        raise _explained(path, refused) from refused
-    try:
-        _check_contents(path, connection, read_only=read_only)
-    except duckdb.Error as refused:
-        connection.close()
-        raise _explained(path, refused) from refused
-    except BaseException:
-        connection.close()
-        raise
+    path, shared = checked_path(path, read_only=read_only)
+    connection, version = _connect(path, read_only=read_only)
+    if version < SCHEMA_VERSION:
+        if shared:
+            connection.close()
+            raise StoreError(
+                f"{path} has schema version {version} and is already open in this process",
+                fix="close that connection first: the store is upgraded when it is next opened",
+            )
+        upgrade(path, connection, version)
+        connection, _ = _connect(path, read_only=read_only)
+    if read_only:
+        try:
+            _lock_down(connection, path, folders)
+        except BaseException:
+            connection.close()
+            raise
     return connection
 
 
-def _check_file(path: Path, *, read_only: bool) -> None:
-    if path.is_dir():
-        raise StoreError(
-            f"{path} is a folder", expected="the path of a store's file", fix=f"for instance {path}/runs.duckdb"
-        )
-    if not path.exists():
-        if read_only:
-            raise StoreError(
-                f"there is no store at {path}", fix="check the path, or record into it: moescope profile … --store"
-            )
-        if not path.parent.is_dir():
-            raise StoreError(f"cannot make a store at {path}", found="no such folder", fix=f"mkdir -p {path.parent}")
-        return
+def _connect(path: Path, *, read_only: bool) -> tuple[duckdb.DuckDBPyConnection, int]:
+    """A connection to what is there, and its schema version, which may be older."""
     try:
-        with path.open("rb") as file:
-            head = file.read(16)
-    except OSError as refused:
-        raise StoreError(f"cannot read {path}", found=str(refused)) from refused
-    if head and head[8:12] != _MAGIC:
-        raise StoreError(
-            f"{path} is not a store",
-            expected="a DuckDB file made by moescope",
-            found="a file of another kind",
-            fix="choose another path; the file was left as it is",
-        )
+        connection = duckdb.connect(str(path), read_only=read_only)
+    except duckdb.Error as refused:
+        raise explained(path, refused) from refused
+    try:
+        return connection, _check_contents(path, connection, read_only=read_only)
+    except duckdb.Error as refused:
+        connection.close()
+        raise explained(path, refused) from refused
+    except BaseException:
+        connection.close()
+        raise
 
 
-def _explained(path: Path, refused: duckdb.Error) -> StoreError:
+def _lock_down(connection: duckdb.DuckDBPyConnection, path: Path, folders: Sequence[Path]) -> None:
+    wanted = sorted(str(folder.resolve()) for folder in folders)
+    query = "SELECT current_setting('lock_configuration'), current_setting('allowed_directories')"
+    locked, allowed = connection.execute(query).fetchall()[0]
+    if locked:  # by a Store of this process on the same file: one configuration holds for all of them
+        if not {f.rstrip("/") for f in wanted} <= {f.rstrip("/") for f in allowed}:
+            raise StoreError(
+                f"{path} is already open in this process, for other folders", fix="close that Store first, or use it"
+            )
+        return
+    if not may_write(path.parent):
+        # Large queries spill beside the store, which cannot be here.
+        spill = Path(tempfile.gettempdir()) / f"moescope-{os.getpid()}.tmp"
+        connection.execute(f"SET temp_directory = {literal(str(spill))}")
+    if wanted:
+        connection.execute("SET allowed_directories = [" + ", ".join(literal(f) for f in wanted) + "]")
+    connection.execute("SET enable_external_access = false")
+    connection.execute("SET lock_configuration = true")
+
+
+def explained(path: Path, refused: duckdb.Error) -> StoreError:
+    """What DuckDB refused, in words that say what to do about the store."""
     text = str(refused)
     if holder := _HOLDER.search(text):
         return StoreError(
@@ -94,18 +119,27 @@ def _explained(path: Path, refused: duckdb.Error) -> StoreError:
         return StoreError(
             f"cannot write {path}", found="no permission", fix="choose another folder, or open it with read_only=True"
         )
-    if any(word in text for word in ("enough bytes", "orrupt", "hecksum", "Could not read")):
+    if is_damage(refused):
         return StoreError(f"{path} is damaged", found=text, fix="restore it from a copy; the file was left as it is")
     return StoreError(f"cannot open {path}", found=text)
 
 
-def _check_contents(path: Path, connection: duckdb.DuckDBPyConnection, *, read_only: bool) -> None:
+def is_damage(refused: duckdb.Error) -> bool:
+    """Whether DuckDB tells of a file that is not as it was written."""
+    kinds = (duckdb.IOException, duckdb.FatalException, duckdb.InternalException, duckdb.SerializationException)
+    known = isinstance(refused, kinds) or type(refused) is duckdb.Error  # a wrong checksum has no class of its own
+    words = ("enough bytes", "orrupt", "hecksum", "Could not read")
+    return known and any(word in str(refused) for word in words)
+
+
+def _check_contents(path: Path, connection: duckdb.DuckDBPyConnection, *, read_only: bool) -> int:
+    """The schema version of what is there, made where the file is new."""
     tables = {name for (name,) in connection.execute("SELECT table_name FROM duckdb_tables()").fetchall()}
     if not tables and connection.execute(_OTHER_OBJECTS).fetchall() == [(0,)]:
         if read_only:
             raise StoreError(f"{path} is empty", fix="record into it first: moescope profile … --store")
-        _create(connection)
-        return
+        make(connection)
+        return SCHEMA_VERSION
     info = _info(connection) if "store_info" in tables else {}
     if info.get("application") != "moescope":
         raise StoreError(
@@ -114,14 +148,25 @@ def _check_contents(path: Path, connection: duckdb.DuckDBPyConnection, *, read_o
             found=f"a DuckDB file with {'the tables ' + ', '.join(sorted(tables)[:5]) if tables else 'no tables'}",
             fix="choose another path; the file was left as it is",
         )
-    version = info.get("schema_version", "")
-    if version != str(SCHEMA_VERSION):
+    text = info.get("schema_version", "")
+    version = int(text) if text.isdecimal() else 0
+    maker = info.get("upgraded_by") or info.get("created_by", "an unknown program")
+    if version > SCHEMA_VERSION or version < oldest():
         raise StoreError(
-            f"{path} has schema version {version}",
-            expected=f"version {SCHEMA_VERSION}",
-            found=f"a store made by {info.get('created_by', 'an unknown program')}",
-            fix="install that version of moescope or a later one; the file was left as it is",
+            f"{path} has schema version {text or 'unknown'}",
+            expected=f"version {oldest()} to {SCHEMA_VERSION}",
+            found=f"a store written by {maker}",
+            fix=f"install {maker} or later; the file was left as it is",
         )
+    if version < SCHEMA_VERSION and read_only:
+        raise StoreError(
+            f"{path} has schema version {version}, which must be upgraded before it is read",
+            expected=f"version {SCHEMA_VERSION}",
+            found=f"a store written by {maker}",
+            fix=f"moescope runs upgrade {path} (a copy of the file is kept beside it), or open it once with Store(path); "
+            "where you may not write, upgrade a copy",
+        )
+    return version
 
 
 def _info(connection: duckdb.DuckDBPyConnection) -> dict[str, str]:
@@ -130,21 +175,3 @@ def _info(connection: duckdb.DuckDBPyConnection) -> dict[str, str]:
         return dict(connection.execute("SELECT key, value FROM store_info").fetchall())
     except duckdb.BinderException:
         return {}
-
-
-def _create(connection: duckdb.DuckDBPyConnection) -> None:
-    from moescope.core.versions import VERSION
-
-    with transaction(connection):
-        for table in TABLES:
-            for statement in table.ddl():
-                connection.execute(statement)
-        connection.executemany(
-            "INSERT INTO store_info VALUES (?, ?)",
-            [
-                ["application", "moescope"],
-                ["schema_version", str(SCHEMA_VERSION)],
-                ["created_by", f"moescope {VERSION}"],
-                ["created_at", datetime.now(UTC).isoformat(timespec="seconds")],
-            ],
-        )

@@ -12,7 +12,8 @@ from moescope.core.errors import InputError
 from moescope.core.result import Result
 from moescope.core.text import escaped
 from moescope.store.coverage import coverage_result
-from moescope.store.schema import TABLE_BY_NAME
+from moescope.store.schema import TABLES
+from moescope.store.views import VIEWS
 
 if TYPE_CHECKING:
     from moescope.store.store import Store
@@ -93,12 +94,12 @@ class Run:
         }
 
     def table(self, name: str) -> duckdb.DuckDBPyRelation:
-        """One table, limited to this run, as a DuckDB relation; raises `InputError` for a name that is none."""
+        """One table or view, limited to this run, as a DuckDB relation; raises `InputError` for a name that is none."""
         self._check_table(name)
         return self.store.sql(f'SELECT * EXCLUDE (run_id) FROM "{name}" WHERE run_id = $run', {"run": self.run_id})
 
     def rows(self, table: str) -> int:
-        """How many rows of `table` belong to this run."""
+        """How many rows of a table or view belong to this run."""
         self._check_table(table)
         query = f'SELECT count(*) FROM "{table}" WHERE run_id = ?'
         return int(self.store.fetch(query, [self.run_id])[0][0])
@@ -108,9 +109,8 @@ class Run:
         return self.store.sql(query, {"run": self.run_id, **(parameters or {})})
 
     def _check_table(self, name: str) -> None:
-        table = TABLE_BY_NAME.get(name)
-        if table is None or "run_id" not in {column.name for column in table.columns}:
-            known = [t.name for t in TABLE_BY_NAME.values() if any(c.name == "run_id" for c in t.columns)]
+        known = [t.name for t in (*TABLES, *VIEWS) if any(column.name == "run_id" for column in t.columns)]
+        if name not in known:
             raise InputError(f"there is no table {name!r} of runs", expected=", ".join(known))
 
     def __repr__(self) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,11 @@ TABLES: tuple[Table, ...] = (
         "store_info",
         "facts about the file itself",
         (
-            Column("key", "VARCHAR", "application, schema_version, created_at or created_by"),
+            Column(
+                "key",
+                "VARCHAR",
+                "application, schema_version, created_by, created_at, upgraded_by, upgraded_at or views",
+            ),
             Column("value", "VARCHAR", "its value"),
         ),
     ),

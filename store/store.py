@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
@@ -14,8 +14,11 @@ import duckdb
 
 from moescope.core.errors import InputError, StoreError
 from moescope.core.text import escaped, whole_characters
-from moescope.store.opening import open_connection
+from moescope.store.compaction import Compacted, compact_file
+from moescope.store.deleting import Deleted, delete_runs
+from moescope.store.opening import explained, is_damage, open_connection
 from moescope.store.run import UNSAID_END, Run
+from moescope.store.run_sizes import RunSize, run_sizes
 
 
 def check_run_name(name: str) -> None:
@@ -28,6 +31,11 @@ def check_run_name(name: str) -> None:
 _BEGUN_HERE: set[str] = set()
 
 
+def remember_begun(run: Run) -> None:
+    """This program writes the run: opening the store again does not close it as abandoned."""
+    _BEGUN_HERE.add(run.run_id)
+
+
 def forget_begun(run: Run) -> None:
     """A run whose end could not be written is abandoned after all."""
     _BEGUN_HERE.discard(run.run_id)
@@ -37,11 +45,14 @@ class Store:
     """A DuckDB file holding runs. One process may have it open for writing, or many for reading.
 
     Args:
-        path: the file; made where it is not there yet.
-        read_only: refuse every change, and let other readers in.
+        path: the file; made where it is not there yet, and upgraded where an older version of moescope wrote it: a copy
+            of the file as it was is kept beside it, and the log says so.
+        read_only: refuse every change, and let other readers in. Queries cannot touch files outside the store.
+        folders: with `read_only`, where queries may read and write files all the same.
 
     Raises:
-        StoreError: the file is missing, held by another process, damaged, newer, or another program's.
+        StoreError: the file is missing, held by another process, damaged, newer, or another program's; with `read_only`
+            also an older one.
 
     Example:
         >>> import tempfile
@@ -50,10 +61,12 @@ class Store:
         [(0,)]
     """
 
-    def __init__(self, path: str | Path, *, read_only: bool = False) -> None:
+    def __init__(self, path: str | Path, *, read_only: bool = False, folders: Sequence[str | Path] = ()) -> None:
         self.path = Path(path)
         self.read_only = read_only
-        self._connection: duckdb.DuckDBPyConnection | None = open_connection(self.path, read_only=read_only)
+        self._connection: duckdb.DuckDBPyConnection | None = open_connection(
+            self.path, read_only=read_only, folders=[Path(folder) for folder in folders]
+        )
         if not read_only:
             self._close_abandoned_runs()
 
@@ -78,14 +91,14 @@ class Store:
         try:
             return self.cursor().sql(query, params=parameters)
         except duckdb.Error as refused:
-            raise InputError("the query failed", found=str(refused)) from refused
+            raise self._failed(refused) from refused
 
     def fetch(self, query: str, parameters: Mapping[str, Any] | Sequence[Any] = ()) -> list[tuple[Any, ...]]:
         """Run one query and give all its rows."""
         try:
             return self.cursor().execute(query, parameters).fetchall()
         except duckdb.Error as refused:
-            raise InputError("the query failed", found=str(refused)) from refused
+            raise self._failed(refused) from refused
 
     def run(self, name: str) -> Run:
         """The run called `name` (or with that run_id); raises `InputError` naming the runs there are."""
@@ -102,6 +115,10 @@ class Store:
     def runs(self) -> list[Run]:
         """All runs, oldest first."""
         return self._rows("", {})
+
+    def sizes(self) -> dict[str, RunSize]:
+        """Room that each run takes, by run_id: an estimate for the tables, exact for the vectors beside the store."""
+        return run_sizes(self)
 
     def begin_run(self, *, name: str, **columns: Any) -> Run:
         """Enter a new run with status `running`.
@@ -131,7 +148,11 @@ class Store:
         }
         row = {k: json.dumps(v, ensure_ascii=False) if isinstance(v, (dict, list)) else v for k, v in values.items()}
         names = ", ".join(f'"{column}"' for column in row)
-        self.connection.execute(f"INSERT INTO runs ({names}) VALUES ({', '.join('?' * len(row))})", list(row.values()))
+        insert = f"INSERT INTO runs ({names}) VALUES ({', '.join('?' * len(row))})"
+        try:
+            self.connection.execute(insert, list(row.values()))
+        except duckdb.Error as refused:
+            raise self._unwritten(refused) from refused
         _BEGUN_HERE.add(values["run_id"])
         return self.run(name)
 
@@ -144,11 +165,97 @@ class Store:
                 f"INSERT INTO layers ({names}) VALUES ({', '.join('?' * len(values))})", list(values.values())
             )
 
+    def import_trace(
+        self,
+        source: Any,
+        *,
+        name: str,
+        format: str | None = None,  # noqa: A002  the flag's name
+        n_experts: int | None = None,
+        top_k: int | None = None,
+        n_null: int | None = None,
+        layers: Sequence[int] | None = None,
+        model: str | None = None,
+        label: str | None = None,
+        probabilities: bool = False,
+        normalize: bool = False,
+        tell: Callable[[str], None] | None = None,
+    ) -> Run:
+        """Read a routing trace of another program into a run; see `moescope.store.importing.import_trace.import_trace`.
+
+        Example:
+            >>> import tempfile, pyarrow as pa
+            >>> trace = pa.table({"sequence_id": [0], "position": [0], "layer": [3], "experts": [[5, 1]]})
+            >>> with Store(Path(tempfile.mkdtemp()) / "runs.duckdb") as store:
+            ...     store.import_trace(trace, name="tiny", n_experts=8).status
+            'complete'
+        """
+        from moescope.store.importing.import_trace import import_trace
+
+        return import_trace(
+            self,
+            source,
+            name=name,
+            format=format,
+            n_experts=n_experts,
+            top_k=top_k,
+            n_null=n_null,
+            layers=layers,
+            model=model,
+            label=label,
+            probabilities=probabilities,
+            normalize=normalize,
+            tell=tell,
+        )
+
+    def delete_run(self, run: Run | str) -> Deleted:
+        """Delete a run: its rows in every table, in one transaction, then its vectors. The next run uses the room.
+
+        Args:
+            run: the run, its name or its run_id.
+
+        Raises:
+            InputError: there is no such run, it is being recorded, or the store is open for reading only.
+            RunError: its rows are deleted, but files of its vectors could not be.
+        """
+        return delete_runs(self, [self.run(run) if isinstance(run, str) else run])
+
+    def compact(self) -> Compacted:
+        """Write the file anew without the room that deleted runs left, and put the new one in its place in one step.
+
+        Cursors and relations taken from this store before are closed by it.
+
+        Raises:
+            InputError: the store is open for reading only, or a run is being recorded.
+            StoreError: something else uses the file, or there is no room for a second one. The store is as it was.
+        """
+        if self.read_only:
+            raise InputError(f"{self.path} is open for reading only", fix="open it with Store(path)")
+        if busy := [name for (name,) in self.fetch("SELECT name FROM runs WHERE status = 'running'")]:
+            raise InputError(f"run {busy[0]!r} is being recorded", fix="wait until it is done, and compact then")
+        self.close()
+        try:
+            return compact_file(self.path)
+        finally:
+            self._connection = open_connection(self.path, read_only=False)
+
     def close(self) -> None:
         """Close the file; closing twice is fine."""
         if self._connection is not None:
             self._connection.close()
             self._connection = None
+
+    def _failed(self, refused: duckdb.Error) -> InputError:
+        text = str(refused)
+        if "file system operations are disabled" in text:
+            return InputError(
+                "the query touches a file outside the store, which was opened for reading only",
+                found=text,
+                fix="name the folder: Store(path, read_only=True, folders=[…])",
+            )
+        if is_damage(refused):
+            return explained(self.path, refused)
+        return InputError("the query failed", found=text)
 
     def _close_abandoned_runs(self) -> None:
         """Mark runs whose recorder ended without saying so: only this process can be recording into a file it holds."""
@@ -163,11 +270,14 @@ class Store:
             )
         except duckdb.Error as refused:
             self.close()
-            raise StoreError(
-                f"{self.path} cannot be written",
-                found=str(refused),
-                fix="free some space on the disk, or open it with read_only=True",
-            ) from refused
+            raise self._unwritten(refused) from refused
+
+    def _unwritten(self, refused: duckdb.Error) -> StoreError:
+        return StoreError(
+            f"{self.path} cannot be written",
+            found=str(refused),
+            fix="free some space on the disk, or open it with read_only=True",
+        )
 
     def _rows(self, where: str, parameters: Mapping[str, Any]) -> list[Run]:
         query = f"SELECT run_id, name FROM runs {where} ORDER BY started_at, name"

@@ -119,8 +119,9 @@ def _write_safetensors(
     text += b" " * (-len(text) % 8)
     digest = hashlib.sha256()
     with written_whole(target) as partial, partial.open("wb") as file:
-        data = (memoryview(np.ascontiguousarray(array)).cast("B") for _, array in arrays.values() if array.size)
-        for piece in (len(text).to_bytes(8, "little"), text, *data):
+        pieces: list[bytes | memoryview] = [len(text).to_bytes(8, "little"), text]
+        pieces += [np.ascontiguousarray(array).data.cast("B") for _, array in arrays.values() if array.size]
+        for piece in pieces:
             file.write(piece)
             digest.update(piece)
     return digest.hexdigest()

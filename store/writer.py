@@ -10,11 +10,14 @@ from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
+from typing import Any
 
 import duckdb
 import pyarrow as pa
 
 from moescope.core.errors import MoescopeError, RunError
+from moescope.core.json_data import to_json
+from moescope.store.resuming import Stopped
 from moescope.store.store import Store
 from moescope.store.totals import ExpertPartial, LoadPartial, expert_rows, load_rows
 from moescope.store.transaction import transaction
@@ -26,7 +29,7 @@ CHUNK_VECTOR_BYTES = 64 << 20  # of vectors waiting to be written
 _QUEUE = 3
 # What DuckDB may keep in memory while it writes. Without a limit it keeps every block it wrote, and memory grows with the
 # corpus; beyond it, a large transaction goes through its temporary folder.
-_MEMORY = "96MiB"
+_MEMORY = "64MiB"
 
 
 @dataclass
@@ -57,8 +60,23 @@ class RunWriter:
     """
 
     def __init__(
-        self, store: Store, run_id: str, *, chunk_rows: int = CHUNK_ROWS, chunk_seconds: float = CHUNK_SECONDS
+        self,
+        store: Store,
+        run_id: str,
+        *,
+        chunk_rows: int = CHUNK_ROWS,
+        chunk_seconds: float = CHUNK_SECONDS,
+        progress: Callable[[], dict[str, Any]] | None = None,
+        after: Stopped | None = None,
     ) -> None:
+        """Begin to write.
+
+        Args:
+            store, run_id: where, and of which run.
+            chunk_rows, chunk_seconds: a chunk is at least so many rows of its longest table, or waits no longer.
+            progress: what the run needs to go on after being stopped; called on the writing thread, kept with each chunk.
+            after: what the run had when it was stopped; its sums go on from there.
+        """
         self._path = store.path
         self._cursor = store.cursor()
         self._settings = _frugal(self._cursor)
@@ -68,9 +86,10 @@ class RunWriter:
         self._error: BaseException | None = None
         self._pending: list[BatchRecords] = []
         self._since = time.monotonic()
-        self._loads: dict[tuple[int, str, str | None, str], LoadPartial] = {}
-        self._experts: dict[tuple[int, str], ExpertPartial] = {}
-        self._shards: dict[str, int] = {}
+        self._progress = progress
+        self._loads: dict[tuple[int, str, str | None, str], LoadPartial] = after.loads if after else {}
+        self._experts: dict[tuple[int, str], ExpertPartial] = after.experts if after else {}
+        self._shards: dict[str, int] = after.shards if after else {}
         self.committed_batches = 0
         self._thread = threading.Thread(target=self._work, name="moescope-writer", daemon=True)
         self._thread.start()
@@ -99,6 +118,8 @@ class RunWriter:
             except queue.Full:
                 continue
         self._thread.join()
+        with suppress(duckdb.Error):  # before merging is allowed again; what broke the store is told below
+            self._cursor.execute("CHECKPOINT")
         _put_back(self._cursor, self._settings)
         self._cursor.close()
         self.check()
@@ -136,6 +157,9 @@ class RunWriter:
             if (shards := write_shards(self._path, self._run_id, vectors, self._shards)) is not None:
                 self._insert("activations", shards)
             self._write_totals()
+            if self._progress is not None:
+                summary = to_json({"progress": self._progress()})
+                self._cursor.execute("UPDATE runs SET summary = ? WHERE run_id = ?", [summary, self._run_id])
         self.committed_batches += len(self._pending)
         self._pending.clear()
         self._since = time.monotonic()
@@ -198,7 +222,12 @@ def _frugal(connection: duckdb.DuckDBPyConnection) -> list[str]:
     What the user has set stays, and a store whose configuration is locked is used as it is. (A memory limit cannot be put
     back exactly: DuckDB tells it rounded. So only its default is ever replaced.)
     """
-    wanted = {"memory_limit": _MEMORY, "threads": str(max(1, (os.cpu_count() or 1) // 4))}
+    wanted = {
+        "memory_limit": _MEMORY,
+        "threads": str(max(1, (os.cpu_count() or 1) // 4)),
+        # Checkpoints would merge row groups that are still growing: everything is written twice, and a fifth stays as holes.
+        "max_vacuum_tasks": "0",
+    }
     changed: list[str] = []
     with duckdb.connect(":memory:") as untouched, suppress(duckdb.Error):
         for name, value in wanted.items():

@@ -10,6 +10,9 @@ import typer
 
 from moescope.cli.dashboard import dashboard
 from moescope.cli.doctor import doctor
+from moescope.cli.export import export
+from moescope.cli.import_ import import_
+from moescope.cli.merge import merge
 from moescope.cli.profile import profile
 from moescope.cli.runs import runs
 from moescope.core.errors import MoescopeError
@@ -24,6 +27,9 @@ app = typer.Typer(
     help="See, and change, what happens inside mixture-of-experts language models while they run.",
 )
 app.command()(profile)
+app.command("import")(import_)
+app.command()(export)
+app.command()(merge)
 app.command()(runs)
 app.command()(dashboard)
 app.command()(doctor)

@@ -61,6 +61,9 @@ TextField = Annotated[str, typer.Option(help="Field that holds the text.")]
 LabelField = Annotated[str, typer.Option(help="Field that holds the label.")]
 SkipBad = Annotated[bool, typer.Option("--skip-bad-lines", help="Count unreadable records instead of stopping.")]
 Seed = Annotated[int, typer.Option(help="Decides which tokens --sample takes; stored with the run.")]
+Resume = Annotated[
+    bool, typer.Option("--resume", help="Go on with the run of this name after its last whole chunk, if it was stopped.")
+]
 TimePlain = Annotated[bool, typer.Option("--time-plain", help="Also time plain forward passes over the same batches.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Check everything and say what would be done.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
@@ -88,6 +91,7 @@ def profile(
     label_field: LabelField = "label",
     skip_bad_lines: SkipBad = False,
     seed: Seed = 0,
+    resume: Resume = False,
     time_plain: TimePlain = False,
     dry_run: DryRun = False,
     json: Json = False,
@@ -116,7 +120,7 @@ def profile(
         news(f"no --data: using the bundled labelled corpus of {found.documents} documents")
     names = probe.replace(" ", "").split(",") if probe else None
     sites = site.replace(" ", "").split(",") if site else []
-    run_name = _checked_name(store, name, model, read_only=dry_run)
+    run_name = _checked_name(store, name, model, read_only=dry_run, resume=resume)
     live = load(
         model,
         device=device,
@@ -159,6 +163,7 @@ def profile(
             max_length=max_length,
             padding=padding,
             seed=seed,
+            resume=resume,
         )
         before = _plain_seconds(recording) if time_plain else 0.0
         run = recording.run(progress=not json)
@@ -223,7 +228,7 @@ def _tell_gaps(run: Run) -> None:
             news(f"{row['status']}: {row['site']}: {row['recorded']:,} of {row['expected']:,}: {row['detail']}")
 
 
-def _checked_name(path: Path, name: str | None, model: str, *, read_only: bool) -> str:
+def _checked_name(path: Path, name: str | None, model: str, *, read_only: bool, resume: bool) -> str:
     """Everything about the store that can be wrong, found before the model is loaded, which can take minutes."""
     from moescope.store.store import Store, check_run_name
 
@@ -235,8 +240,15 @@ def _checked_name(path: Path, name: str | None, model: str, *, read_only: bool) 
             taken = {run.name for run in store.runs()}
     elif not path.parent.is_dir():
         raise InputError(f"cannot make a store at {path}", found="no such folder", fix=f"mkdir -p {path.parent}")
+    if resume:
+        if name is None:
+            raise InputError("which run is to go on?", fix="name it (--name)")
+        return name
     if name in taken:
-        raise InputError(f"{path} already has a run called {name!r}", fix="choose another name (--name)")
+        raise InputError(
+            f"{path} already has a run called {name!r}",
+            fix="choose another name (--name), or go on with it if it was stopped (--resume)",
+        )
     stem = Path(model).stem if model.endswith(".gguf") else Path(model).name
     numbered = (stem if n == 1 else f"{stem}-{n}" for n in range(1, len(taken) + 2))
     return name if name is not None else next(n for n in numbered if n not in taken)

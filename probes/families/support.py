@@ -64,9 +64,7 @@ def supported_types() -> tuple[str, ...]:
     return (*moe_model_types(), *ENCODER_DECODER_TYPES)
 
 
-def support_table(
-    types: Iterable[str] | None = None, *, each: Callable[[str], None] = lambda _: None
-) -> list[Support]:
+def support_table(types: Iterable[str] | None = None, *, each: Callable[[str], None] = lambda _: None) -> list[Support]:
     """Build each type tiny, record it, and say what was found.
 
     Args:
@@ -128,7 +126,9 @@ def _rules(run: Run) -> str:
         if text is None:
             texts.append("no logits to hold a rule against")
         else:
-            texts.append(text if verified else f"{text.split(', weights')[0]}, weights by no known rule" if choice else "none")
+            texts.append(
+                text if verified else f"{text.split(', weights')[0]}, weights by no known rule" if choice else "none"
+            )
     return "; ".join(dict.fromkeys(texts))
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -116,6 +119,14 @@ class ActivationsProbe(Probe):
                 found = kept["vector_found"][alive].ravel()
                 token, vectors, experts = token[found], vectors[found], experts[found]
         return VectorRows(str(site), dtype, vectors, token, experts, tokens)
+
+    def state(self) -> dict[str, Any]:
+        """How many tokens were to be kept so far."""
+        return {"expected": self._expected}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Go on counting."""
+        self._expected = int(state.get("expected", 0))
 
     def expectations(self, tokens: int, sequences: int) -> list[Expectation]:
         """Every sampled token at every site."""

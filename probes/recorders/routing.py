@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -134,6 +135,16 @@ class RoutingProbe(Probe):
         decisions = expectations_at(self, moe, EXPERT_INDICES, lambda s: tokens * (s.top_k or 0), _DECISIONS)
         routers = [s for s in moe if s.has_logits]
         return decisions + expectations_at(self, routers, ROUTER_LOGITS, lambda _: tokens, _ENTROPIES)
+
+    def state(self) -> dict[str, Any]:
+        """Counts of every router."""
+        return {f"{layer}/{block}": dict(counts) for (layer, block), counts in self._counts.items()}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Go on counting."""
+        for key, counts in state.items():
+            layer, block = key.split("/")
+            self._counts.setdefault((int(layer), block), Counter()).update(counts)
 
     def summary(self) -> dict[str, Any]:
         """Over the whole run: near ties (another batch size may decide them differently) and the rules' agreement."""

@@ -36,7 +36,9 @@ _ROWS = (
         "{n} rows have not as many weights as experts",
         expected="a weight for each expert, or null for all",
     ),
-    _Rule("list_count(weights) <> len(weights)", "{n} rows have a weight that is null", expected="null for all, or none"),
+    _Rule(
+        "list_count(weights) <> len(weights)", "{n} rows have a weight that is null", expected="null for all, or none"
+    ),
     _Rule("phase NOT IN ('prefill', 'decode')", "{n} rows have an unknown phase", expected="prefill or decode"),
     _Rule(
         "NOT regexp_full_match(block, '(mlp|attn)(\\.\\d+)?')",
@@ -80,8 +82,9 @@ def _check_twice(connection: duckdb.DuckDBPyConnection, called: object) -> None:
         GROUP BY ALL
         HAVING count(*) > 1
         ORDER BY ALL
+        LIMIT 1
         """
-    ).fetchmany(1)
+    ).fetchall()
     if not twice:
         return
     sequence, position, layer, block = twice[0]
@@ -115,8 +118,9 @@ def check_tokens(connection: duckdb.DuckDBPyConnection, called: object) -> None:
                 GROUP BY {", ".join(keys)}
                 HAVING one <> other
                 ORDER BY {", ".join(keys)}
+                LIMIT 1
             """
-            for *at, one, other in connection.execute(query).fetchmany(1):
+            for *at, one, other in connection.execute(query).fetchall():
                 said = ", ".join(f"{key} {value}" for key, value in zip(keys, at, strict=True))
                 row = connection.execute(
                     f'SELECT min(row) FROM moescope_trace WHERE {differing} AND "{name}" = ?', [*at, other]

@@ -15,11 +15,11 @@ from numpy.typing import NDArray
 from moescope.core.errors import InputError
 
 
-def literal(path: Path) -> str:
+def glob_free(path: Path) -> str:
     """A path that DuckDB takes as it stands: its signs for patterns mean themselves.
 
     Example:
-        >>> literal(Path("runs[1].parquet"))
+        >>> glob_free(Path("runs[1].parquet"))
         'runs[[]1].parquet'
     """
     return re.sub(r"([\[*?])", r"[\1]", str(path))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 
 from moescope.core.errors import InputError
-from moescope.store.importing.files import literal, load_arrays, reading
+from moescope.store.importing.files import glob_free, load_arrays, reading
 from moescope.store.importing.trace import COLUMNS, REQUIRED, Options, Trace, list_column
 
 _ROWS_A_TABLE = 245_760
@@ -38,7 +39,7 @@ def read_neutral(source: Any, connection: duckdb.DuckDBPyConnection, options: Op
     with reading(source):
         if source.suffix == ".csv":
             return Trace("csv", decisions=_csv(source, connection))
-        return Trace("parquet", decisions=connection.read_parquet(literal(source), file_row_number=True))
+        return Trace("parquet", decisions=connection.read_parquet(glob_free(source), file_row_number=True))
 
 
 def _folder(folder: Path, connection: duckdb.DuckDBPyConnection) -> Trace:
@@ -46,32 +47,44 @@ def _folder(folder: Path, connection: duckdb.DuckDBPyConnection) -> Trace:
     inside = folder / "routing" if (folder / "routing").is_dir() else folder
     files = sorted(path for path in inside.rglob("*.parquet") if not path.name.startswith((".", "_")))
     if not files:
-        raise InputError(f"{folder} holds no Parquet files", expected="a folder of .parquet files, or an export of moescope")
+        raise InputError(
+            f"{folder} holds no Parquet files", expected="a folder of .parquet files, or an export of moescope"
+        )
     with reading(folder):
         decisions = connection.read_parquet(
-            [literal(path) for path in files], file_row_number=True, filename=True, hive_partitioning=True
+            [glob_free(path) for path in files], file_row_number=True, filename=True, hive_partitioning=True
         )
         trace = Trace("parquet", decisions=decisions)
         if inside == folder:
             return trace
-        runs = decisions.query("rows", "SELECT DISTINCT run_id FROM rows").fetchall()
+        runs = decisions.project("run_id").distinct().fetchall()
         if len(runs) > 1:
             raise InputError(
                 f"{folder} holds {len(runs)} runs", fix=f"import one of them: {inside / f'run_id={runs[0][0]}'}"
             )
+        trace.model = _model(folder)
         for name in ("sequences", "layers"):
             parts = sorted((folder / name).rglob("*.parquet"))
             if parts:
-                found = connection.read_parquet([literal(path) for path in parts], hive_partitioning=True)
+                found = connection.read_parquet([glob_free(path) for path in parts], hive_partitioning=True)
                 setattr(trace, name, found.to_arrow_table() if name == "layers" else found)
     return trace
+
+
+def _model(folder: Path) -> str | None:
+    """Of an export, what it was taken from."""
+    try:
+        about = json.loads((folder / "moescope.json").read_text(encoding="utf-8"))
+        return str(about["run"]["model"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def _csv(path: Path, connection: duckdb.DuckDBPyConnection) -> duckdb.DuckDBPyRelation:
     with path.open(encoding="utf-8-sig") as file:
         header = [name.strip().strip('"') for name in file.readline().split(",")]
     types = {name: COLUMNS[name][0] for name in header if name in COLUMNS}
-    return connection.read_csv(literal(path), header=True, delimiter=",", dtype=types)
+    return connection.read_csv(glob_free(path), header=True, delimiter=",", dtype=types, allow_quoted_nulls=False)
 
 
 def _arrays(path: Path) -> Any:

@@ -42,9 +42,7 @@ class Name:
 Builders = Mapping[Name, Callable[..., Any]]
 
 
-def read_pickle(
-    data: bytes, *, called: str, builders: Builders, persistent: Callable[[Any], Any] | None = None
-) -> Any:
+def read_pickle(data: bytes, *, called: str, builders: Builders, persistent: Callable[[Any], Any] | None = None) -> Any:
     """The value that a pickle holds: containers, numbers and text, and what `builders` make.
 
     Args:

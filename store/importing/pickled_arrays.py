@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -84,7 +85,7 @@ def _never(*_: Any) -> None:
 
 def number_builders() -> Builders:
     """Builders of everything that pickles of numbers in containers name, as NumPy 1 and 2 spell it."""
-    names = {
+    names: dict[Name, Callable[..., Any]] = {
         Name("collections", "Counter"): _counted,
         Name("collections", "OrderedDict"): _counted,
         Name("collections", "defaultdict"): _empty_dict,

@@ -79,9 +79,7 @@ class Router:
         ]
 
 
-def find_routers(
-    connection: duckdb.DuckDBPyConnection, trace: Trace, options: Options, called: object
-) -> list[Router]:
+def find_routers(connection: duckdb.DuckDBPyConnection, trace: Trace, options: Options, called: object) -> list[Router]:
     """Every router of `moescope_trace`, its decisions looked through.
 
     Raises:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import duckdb
 
@@ -48,7 +47,7 @@ _SEQUENCES = f"""
         coalesce(k.document_id, t.document_id, sequence_id),
         coalesce(k.part, row_number() OVER (
             PARTITION BY coalesce(k.document_id, t.document_id, sequence_id) ORDER BY sequence_id) - 1),
-        coalesce(k.label, t.label),
+        coalesce(k.label, t.label, $label),
         coalesce(k.source, $source),
         coalesce(k.text, t.text),
         t.n_tokens,
@@ -87,7 +86,9 @@ _ROUTING = f"""
         CAST(list_transform(slots, lambda s: -s[1]) AS FLOAT[]),
         margin, entropy
     FROM (
-        SELECT *, list_sort(list_zip(list_transform(weights, lambda w: -w), experts)) AS slots
+        SELECT *, CASE WHEN weights IS NOT NULL
+            THEN list_sort(list_zip(list_transform(weights, lambda w: -w), experts))
+        END AS slots
         FROM moescope_trace
         JOIN moescope_tokens USING (sequence_id, position)
         WHERE list_min(experts) >= 0
@@ -145,7 +146,9 @@ _BATCH = """
 """
 
 
-def write_decisions(connection: duckdb.DuckDBPyConnection, run_id: str, source: str) -> Iterator[str]:
+def write_decisions(
+    connection: duckdb.DuckDBPyConnection, run_id: str, *, source: str, label: str | None
+) -> Iterator[str]:
     """Every row of the run but those of `runs`, `layers` and `coverage`; gives the name of each step before it is done."""
     steps: list[tuple[str, str]] = [
         ("tokens", _TOKENS),
@@ -159,8 +162,8 @@ def write_decisions(connection: duckdb.DuckDBPyConnection, run_id: str, source: 
     ]
     for name, statement in steps:
         yield name
-        bound: dict[str, Any] = {"run": run_id} | ({"source": source} if "$source" in statement else {})
-        connection.execute(statement, bound)
+        bound = {"run": run_id, "source": source, "label": label}
+        connection.execute(statement, {key: value for key, value in bound.items() if f"${key}" in statement})
 
 
 def write_layers(connection: duckdb.DuckDBPyConnection, run_id: str, routers: Sequence[Router]) -> None:

@@ -50,7 +50,9 @@ def read_torch_file(path: Path) -> Any:
 def _read(path: Path, archive: zipfile.ZipFile) -> Any:
     pickles = [name for name in archive.namelist() if name.endswith("/data.pkl") and name.count("/") == 1]
     if len(pickles) != 1:
-        raise InputError(f"{path} is not a file of torch.save", found=f"a zip with {len(archive.namelist())} other files")
+        raise InputError(
+            f"{path} is not a file of torch.save", found=f"a zip with {len(archive.namelist())} other files"
+        )
     folder = pickles[0].removesuffix("data.pkl")
     if f"{folder}byteorder" in archive.namelist() and _entry(archive, f"{folder}byteorder") != b"little":
         raise InputError(f"{path} was written on a big-endian machine, which is not supported")

@@ -167,11 +167,11 @@ def _fail_at(monkeypatch: pytest.MonkeyPatch, batch: int, error: BaseException) 
 
     plain, calls = module.token_nll, []
 
-    def failing(*arguments: Any) -> Any:
+    def failing(*arguments: Any, **named: Any) -> Any:
         calls.append(1)
         if len(calls) == batch:
             raise error
-        return plain(*arguments)
+        return plain(*arguments, **named)
 
     monkeypatch.setattr(module, "token_nll", failing)
 

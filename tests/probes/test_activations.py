@@ -147,8 +147,12 @@ def test_generated_tokens_are_sampled_at_their_own_positions(backend: str, recor
     module.set_experts_implementation(backend)
     sites = ["blocks.1.hook_resid_post", "blocks.1.mlp.experts.hook_post"]
     options = {"batch_size": 3, "sites": sites, "sample": SHARE, "seed": SEED}
+    query = "SELECT token_id FROM tokens WHERE run_id = ? AND sequence_id = 1 AND position = ?"
+    long = record_ids(module, SEQUENCES, name="long answers", generate=6, **options)
+    ((module.generation_config.eos_token_id,),) = long.store.fetch(query, [long.run_id, LENGTHS[1] + 1])
     run = record_ids(module, SEQUENCES, name="answers", generate=6, **options)
     assert run.status == "complete"
+    assert run.rows("tokens") < long.rows("tokens"), "no answer has ended early"
     rows = run.store.fetch(
         "SELECT token, sequence_id, position, token_id FROM tokens WHERE run_id = ? ORDER BY token", [run.run_id]
     )

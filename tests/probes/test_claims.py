@@ -156,13 +156,13 @@ def test_another_threads_pass_is_not_recorded(
         assert rows[0] == rows[1]
 
 
-@pytest.mark.parametrize("error", [RuntimeError("in the model"), KeyboardInterrupt()])
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
 @pytest.mark.parametrize("generate", [0, 3])
 @pytest.mark.parametrize("call", [1, 2, 3, 5, 7])
 def test_nothing_is_left_on_a_model_whatever_ends_the_recording(
     call: int,
     generate: int,
-    error: BaseException,
+    error: type[BaseException],
     store: Any,
     corpus: Any,
     tiny_model: Callable[..., Any],
@@ -176,7 +176,7 @@ def test_nothing_is_left_on_a_model_whatever_ends_the_recording(
     def breaking(*_given: Any) -> None:
         calls.append(1)
         if len(calls) == call:
-            raise error
+            raise error("in the model")
 
     hook = module.model.layers[1].self_attn.register_forward_pre_hook(breaking)
     model = ms.load(module)

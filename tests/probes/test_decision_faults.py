@@ -216,6 +216,23 @@ def test_several_problems_of_a_site_are_all_told_each_once(qwen: Any, recorded: 
     assert detail.count("NaN or infinite") == 1
 
 
+def test_choices_that_leave_their_rule_are_told_also_where_weights_never_followed_one(
+    qwen: Any, recorded: Callable[..., Any]
+) -> None:
+    gate = qwen.model.layers[1].mlp.gate
+    plain, calls = gate.forward, []
+
+    def own_weights(hidden: Any) -> Any:
+        logits, weights, ids = plain(hidden)
+        calls.append(1)
+        return logits, weights * 0.3 + 0.2, ids if len(calls) <= 4 else (ids * 3 + 1) % 8
+
+    gate.forward = own_weights
+    row = ledger(recorded(qwen))["blocks.1.mlp.hook_expert_indices"]
+    assert row["status"] == "invalid"
+    assert "choices of experts" in row["detail"]
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_probabilities_are_noticed_in_any_float_type(
     dtype: str, tiny_model: Callable[..., Any], recorded: Callable[..., Any]

@@ -81,3 +81,21 @@ def test_a_wholly_certain_model_loses_nothing() -> None:
     nll, best = token_nll(logits, ids)
     assert nll[0, 1:].tolist() == [0.0, 0.0, 0.0]
     assert best[0, :3].tolist() == [1, 4, 1]
+
+
+@pytest.mark.parametrize("spans", [[(0, 3), (4, 8), (9, 10)], [(1, 10)], []])
+def test_places_outside_the_spans_are_left_out_and_the_others_are_as_without(spans: list[tuple[int, int]]) -> None:
+    random = torch.Generator().manual_seed(3)
+    logits = torch.randn(2, 5, 7, generator=random)
+    ids = torch.randint(0, 7, (2, 5), generator=random)
+    inside = torch.zeros(10, dtype=torch.bool)
+    for first, end in spans:
+        inside[first:end] = True
+    whole_nll, whole_best = token_nll(logits, ids)
+    nll, best = token_nll(logits, ids, spans=spans)
+    assert torch.equal(best.flatten()[inside], whole_best.flatten()[inside])
+    assert not best.flatten()[~inside].any()
+    # The loss at a place comes from the logits of the one before it.
+    predicted = torch.cat([torch.zeros(2, 1, dtype=torch.bool), inside.reshape(2, 5)[:, :-1]], 1)
+    assert torch.equal(nll[predicted], whole_nll[predicted])
+    assert nll[~predicted].isnan().all()

@@ -56,6 +56,17 @@ def test_left_and_right_padding_give_the_same_records(
         assert_same_but_for_rounding(runs[0], run)
 
 
+def test_learned_positions_follow_the_mask(
+    tiny_model: Callable[..., Any], token_ids: Callable[..., Any], record_ids: Callable[..., Any]
+) -> None:
+    """A table of positions, not distances: without being told, the model would look up columns."""
+    runs = [record_ids(tiny_model("gpt2"), token_ids(LENGTHS), name=side, padding=side) for side in ("left", "right")]
+    assert [run.status for run in runs] == ["complete"] * 2
+    for a, b in zip(*(run.store.fetch(TOKENS, [run.run_id]) for run in runs), strict=True):
+        assert a[:4] == b[:4]
+        assert a[4] == (None if b[4] is None else pytest.approx(b[4], abs=1e-4))
+
+
 def test_medians_of_left_padded_sequences_leave_the_padding_out(
     tiny_model: Callable[..., Any], token_ids: Callable[..., Any], record_ids: Callable[..., Any]
 ) -> None:
@@ -198,8 +209,8 @@ def test_embeddings_that_are_elsewhere_than_the_first_weights_take_the_inputs(ti
     assert model.device == torch.device("cpu")
     assert model.devices == ["cpu"]
     module.model.embed_tokens.to("meta")
-    module.model.embed_tokens._hf_hook = type("Hook", (), {"execution_device": "meta"})()
-    assert model.device == torch.device("meta")
+    module.model.embed_tokens._hf_hook = type("Hook", (), {"execution_device": "cpu"})()
+    assert model.device == torch.device("cpu")
 
 
 def test_the_mask_goes_to_the_device_of_the_tensors(tiny_model: Callable[..., Any]) -> None:
