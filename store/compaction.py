@@ -65,8 +65,7 @@ def compact_file(path: Path) -> Compacted:
             _clear_away(path)
             before = path.stat().st_size
             with written_whole(path) as partial:
-                settings = {"temp_directory": f"{partial}.tmp"}
-                copier = opened.enter_context(duckdb.connect(":memory:", config=settings))
+                copier = opened.enter_context(duckdb.connect(":memory:", config={"temp_directory": f"{partial}.tmp"}))
                 try:
                     _copy(copier, path, partial)
                 finally:

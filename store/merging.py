@@ -15,6 +15,7 @@ from moescope.core.errors import InputError, RunError
 from moescope.core.json_data import to_json
 from moescope.store.coverage import settle
 from moescope.store.merge_ledger import expectations, summary
+from moescope.store.merge_memory import bounded_memory
 from moescope.store.merge_plan import MergePlan, plan_merge
 from moescope.store.merge_rows import copy_rows
 from moescope.store.merge_shards import Shard, check_alike, read_shard
@@ -81,7 +82,7 @@ def merge(
         _check_free(store, chosen)
         run_id = str(uuid.uuid4())
         try:
-            with transaction(store.connection):
+            with bounded_memory(store.connection), transaction(store.connection):
                 _join(store, run_id, chosen, plan, stopped, facts or {}, say)
         except BaseException as error:
             drop_vectors(store.path, run_id)

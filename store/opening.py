@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import re
 import tempfile
+import threading
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -26,6 +28,8 @@ _OTHER_OBJECTS = """
         + (SELECT count(*) FROM duckdb_functions() WHERE NOT internal)
         + (SELECT count(*) FROM duckdb_schemas() WHERE NOT internal)
 """
+_PATIENCE_SECONDS = 5.0
+_OPENING = threading.Lock()  # between looking at a file and holding it, no other thread may open the same one
 _HOLDER = re.compile(r"held in (?P<program>.+?) \(PID (?P<pid>\d+)\)")
 
 
@@ -42,8 +46,9 @@ def open_connection(path: Path, *, read_only: bool, folders: Sequence[Path] = ()
         StoreError: not a DuckDB file, another program's file, written by a newer version, held by another process, no
             permission, damaged; missing, or older, where `read_only`. Nothing is changed in any of these cases.
     """
-    path, shared = checked_path(path, read_only=read_only)
-    connection, version = _connect(path, read_only=read_only)
+    with _OPENING:
+        path, shared = checked_path(path, read_only=read_only)
+        connection, version = _connect(path, read_only=read_only, folders=folders)
     if version < SCHEMA_VERSION:
         if shared:
             connection.close()
@@ -52,23 +57,16 @@ def open_connection(path: Path, *, read_only: bool, folders: Sequence[Path] = ()
                 fix="close that connection first: the store is upgraded when it is next opened",
             )
         upgrade(path, connection, version)
-        connection, _ = _connect(path, read_only=read_only)
-    if read_only:
-        try:
-            _lock_down(connection, path, folders)
-        except BaseException:
-            connection.close()
-            raise
+        connection, _ = _connect(path, read_only=False)
     return connection
 
 
-def _connect(path: Path, *, read_only: bool) -> tuple[duckdb.DuckDBPyConnection, int]:
-    """A connection to what is there, and its schema version, which may be older."""
+def _connect(path: Path, *, read_only: bool, folders: Sequence[Path] = ()) -> tuple[duckdb.DuckDBPyConnection, int]:
+    """A connection to what is there, and its schema version, which may be older where it can be upgraded."""
+    connection = _connected(path, read_only=read_only)
     try:
-        connection = duckdb.connect(str(path), read_only=read_only)
-    except duckdb.Error as refused:
-        raise explained(path, refused) from refused
-    try:
+        if read_only:
+            _lock_down(connection, path, folders)  # before anything in the file is asked
         return connection, _check_contents(path, connection, read_only=read_only)
     except duckdb.Error as refused:
         connection.close()
@@ -76,6 +74,18 @@ def _connect(path: Path, *, read_only: bool) -> tuple[duckdb.DuckDBPyConnection,
     except BaseException:
         connection.close()
         raise
+
+
+def _connected(path: Path, *, read_only: bool) -> duckdb.DuckDBPyConnection:
+    patience = time.monotonic() + _PATIENCE_SECONDS
+    while True:
+        try:
+            return duckdb.connect(str(path), read_only=read_only)
+        except duckdb.Error as refused:
+            if "is already attached by database" in str(refused) and time.monotonic() < patience:
+                time.sleep(0.01)  # another thread is closing it: DuckDB knows it neither as open nor as closed
+                continue
+            raise explained(path, refused) from refused
 
 
 def _lock_down(connection: duckdb.DuckDBPyConnection, path: Path, folders: Sequence[Path]) -> None:

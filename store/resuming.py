@@ -159,7 +159,7 @@ def _partials(
     if not rows.num_rows:
         return
     named = [rows[name].to_pylist() for name in ("batch", *keys)]
-    marks = list(zip(*named, strict=True))
+    marks: list[tuple[Any, ...]] = list(zip(*named, strict=True))
     starts = [0, *(i for i in range(1, len(marks)) if marks[i] != marks[i - 1]), len(marks)]
     for start, end in pairwise(starts):
         part = rows.slice(start, end - start)
@@ -182,7 +182,7 @@ def _folded(partials: Iterator[Partial]) -> dict[Any, Partial]:
     found: dict[Any, Partial] = {}
     for partial in partials:
         if partial.key in found:
-            found[partial.key].fold(partial)  # type: ignore[arg-type]  # of one kind
+            found[partial.key].fold(partial)
         else:
             found[partial.key] = partial
     return found

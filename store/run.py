@@ -109,7 +109,8 @@ class Run:
         return self.store.sql(query, {"run": self.run_id, **(parameters or {})})
 
     def _check_table(self, name: str) -> None:
-        known = [t.name for t in (*TABLES, *VIEWS) if any(column.name == "run_id" for column in t.columns)]
+        columns = {entry.name: entry.columns for entry in TABLES} | {entry.name: entry.columns for entry in VIEWS}
+        known = [entry for entry, of_it in columns.items() if any(column.name == "run_id" for column in of_it)]
         if name not in known:
             raise InputError(f"there is no table {name!r} of runs", expected=", ".join(known))
 

@@ -14,7 +14,7 @@ from moescope.cli.export import export
 from moescope.cli.import_ import import_
 from moescope.cli.merge import merge
 from moescope.cli.profile import profile
-from moescope.cli.runs import runs
+from moescope.cli.runs import group as runs
 from moescope.core.errors import MoescopeError
 from moescope.core.versions import VERSION
 
@@ -30,7 +30,7 @@ app.command()(profile)
 app.command("import")(import_)
 app.command()(export)
 app.command()(merge)
-app.command()(runs)
+app.add_typer(runs, name="runs")
 app.command()(dashboard)
 app.command()(doctor)
 

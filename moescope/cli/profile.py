@@ -62,7 +62,8 @@ LabelField = Annotated[str, typer.Option(help="Field that holds the label.")]
 SkipBad = Annotated[bool, typer.Option("--skip-bad-lines", help="Count unreadable records instead of stopping.")]
 Seed = Annotated[int, typer.Option(help="Decides which tokens --sample takes; stored with the run.")]
 Resume = Annotated[
-    bool, typer.Option("--resume", help="Go on with the run of this name after its last whole chunk, if it was stopped.")
+    bool,
+    typer.Option("--resume", help="Go on with the run of this name after its last whole chunk, if it was stopped."),
 ]
 TimePlain = Annotated[bool, typer.Option("--time-plain", help="Also time plain forward passes over the same batches.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Check everything and say what would be done.")]

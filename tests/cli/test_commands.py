@@ -40,6 +40,7 @@ def test_every_command_of_the_app_is_tested_here() -> None:
     from moescope.cli.app import app
 
     names = {c.name or getattr(c.callback, "__name__", "") for c in app.registered_commands}
+    names |= {str(g.name) for g in app.registered_groups}
     assert names == set(COMMANDS)
 
 

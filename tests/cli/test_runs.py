@@ -68,7 +68,7 @@ def test_list_shows_status_size_and_tokens(cli: Cli, path: Path, command: tuple[
 def test_list_as_json_has_bytes_of_tables_and_of_vectors(cli: Cli, path: Path) -> None:
     large, small = cli("runs", "list", path, "--json").json
     assert (large["name"], large["vector_bytes"], small["vector_bytes"]) == ("large", 5000, 0)
-    assert large["table_bytes"] > 100 * small["table_bytes"]
+    assert large["table_bytes"] > 10 * small["table_bytes"] > 0
     assert 0.5 * path.stat().st_size < large["table_bytes"] + small["table_bytes"] <= path.stat().st_size
 
 

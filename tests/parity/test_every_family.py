@@ -95,7 +95,11 @@ def real_rows() -> torch.Tensor:
 def slots(ids: torch.Tensor, weights: torch.Tensor) -> Slots:
     """Slots of the unmasked tokens, weight descending, ties by lower id."""
     width = ids.shape[-1]
-    rows = zip(ids.reshape(-1, width)[real_rows()].tolist(), weights.reshape(-1, width).float()[real_rows()].tolist(), strict=True)
+    rows = zip(
+        ids.reshape(-1, width)[real_rows()].tolist(),
+        weights.reshape(-1, width).float()[real_rows()].tolist(),
+        strict=True,
+    )
     return [sorted(zip(*row, strict=True), key=lambda slot: (-slot[1], slot[0])) for row in rows]
 
 
@@ -202,7 +206,9 @@ def test_zayas_class_for_no_expert_is_a_null_expert(recorded: Callable[..., Any]
 
 
 @pytest.mark.parametrize("family", ENCODER_DECODER_TYPES)
-def test_experts_of_encoder_and_decoder_run_on_as_many_tokens_as_recorded(family: str, recorded: Callable[..., Any]) -> None:
+def test_experts_of_encoder_and_decoder_run_on_as_many_tokens_as_recorded(
+    family: str, recorded: Callable[..., Any]
+) -> None:
     run, module = recorded(family), tiny(family)
     assert run.status == "complete", [r for r in run.coverage.table.to_pylist() if r["status"] != "complete"]
     routers = [s for s in ms.load(module).anatomy.moe if s.experts_path and s.reader != "shares_of_two"]
@@ -221,7 +227,12 @@ def test_experts_of_encoder_and_decoder_run_on_as_many_tokens_as_recorded(family
         module(input_ids=row[0], attention_mask=row[1], decoder_input_ids=row[0], decoder_attention_mask=row[1])
     [step() for step in undo]
     one = ms.record(
-        ms.load(module), ms.Corpus.from_token_ids([sequences()[2]]), run.store, name="one", probes=["routing"], progress=False
+        ms.load(module),
+        ms.Corpus.from_token_ids([sequences()[2]]),
+        run.store,
+        name="one",
+        probes=["routing"],
+        progress=False,
     )
     for s in routers:
         found = stored(one, s.layer, s.block)

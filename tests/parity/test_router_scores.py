@@ -136,7 +136,9 @@ def test_the_rule_of_a_biased_router_is_found_and_its_margin_is_of_the_biased_sc
     run = record_ids(module, sequences, batch_size=2)
     assert run.status == "complete"
     found = rules(run)
-    assert [(r["verified"], r["score"], r["scale"], r["renormalise"]) for r in found] == [(True, "sigmoid", 2.5, True)] * 2
+    assert [(r["verified"], r["score"], r["scale"], r["renormalise"]) for r in found] == [
+        (True, "sigmoid", 2.5, True)
+    ] * 2
     assert [r["bias"] for r in found] == [f"model.layers.{n}.mlp.gate.e_score_correction_bias" for n in (1, 2)]
     assert [r["groups"] and (r["groups"]["number"], r["groups"]["kept"]) for r in found] == (
         [None, None] if groups == 1 else [(groups, kept)] * 2

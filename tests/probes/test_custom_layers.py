@@ -57,9 +57,7 @@ class OwnModel(nn.Module):
 
 @pytest.fixture
 def announced() -> None:
-    ms.register_moe(
-        OwnMoE, lambda moe, inputs, output: moe.last, n_experts="n_routed", top_k=TOP_K, router="choose"
-    )
+    ms.register_moe(OwnMoE, lambda moe, inputs, output: moe.last, n_experts="n_routed", top_k=TOP_K, router="choose")
 
 
 @pytest.fixture

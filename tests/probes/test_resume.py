@@ -66,7 +66,9 @@ def everything(store: Any, run: Any) -> dict[str, list[str]]:
     for table in TABLES:
         if table.name in ("store_info", "runs", "activations"):  # how vectors are cut into files depends on the chunks
             continue
-        columns = ", ".join(f'"{c.name}"' for c in table.columns if c.name not in ("run_id", "path", "checksum", "shard"))
+        columns = ", ".join(
+            f'"{c.name}"' for c in table.columns if c.name not in ("run_id", "path", "checksum", "shard")
+        )
         mine = "WHERE run_id = $run" if any(c.name == "run_id" for c in table.columns) else ""
         parameters = {"run": run.run_id} if mine else {}
         found[table.name] = sorted(map(repr, store.fetch(f'SELECT {columns} FROM "{table.name}" {mine}', parameters)))

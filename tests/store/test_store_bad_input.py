@@ -344,6 +344,17 @@ def test_view_of_a_stranger_cannot_read_files(path: Path) -> None:
         store.fetch("SELECT content FROM bait")
 
 
+def test_view_of_a_stranger_that_poses_as_our_table_reads_nothing(path: Path) -> None:
+    (path.parent / "secret.txt").write_text("secret")
+    with duckdb.connect(str(path)) as connection:
+        connection.execute("CREATE SCHEMA other")
+        connection.execute("CREATE TABLE other.store_info (key VARCHAR, value VARCHAR)")
+        said = f"SELECT 'application' AS key, content AS value FROM read_text('{path.parent}/secret.txt')"
+        connection.execute(f"CREATE VIEW store_info AS {said}")
+    with pytest.raises(StoreError, match=r"file system operations are disabled"):
+        Store(path, read_only=True)
+
+
 def test_everything_else_works_in_a_store_opened_for_reading(reader: Store) -> None:
     import moescope as ms
 
@@ -418,7 +429,7 @@ def test_text_of_ten_megabytes_comes_back_whole(path: Path) -> None:
     assert len(text.encode()) > 10_000_000
     with Store(path) as store:
         run = store.begin_run(name="long")
-        insert = "INSERT INTO sequences (run_id, sequence_id, document_id, text) VALUES (?, 0, 0, ?)"
+        insert = "INSERT INTO sequences (run_id, sequence_id, document_id, text, n_tokens) VALUES (?, 0, 0, ?, 9)"
         store.connection.execute(insert, [run.run_id, text])
         store.connection.execute("UPDATE runs SET status = 'complete'")
         store.compact()
