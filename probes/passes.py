@@ -239,7 +239,6 @@ def joined(batch: Batch, tokens: int, parts: Sequence[BatchRecords]) -> BatchRec
     whole.loads = _folded([partial for part in parts for partial in part.loads])
     whole.experts = _folded([partial for part in parts for partial in part.experts])
     whole.vectors = [vectors for part in parts for vectors in part.vectors]
-    whole.vectors = [rows for part in parts for rows in part.vectors]
     return whole
 
 

@@ -79,6 +79,11 @@ def stopped_run(
             found=f"{len(batches)} batches, the last numbered {batches[-1][0]}",
             fix="delete it (moescope runs delete) and record it again",
         )
+    if batches and "progress" not in (run.info["summary"] or {}):
+        raise InputError(
+            f"run {name!r} cannot go on: it was merged from shards, or its counts are not known",
+            fix="delete it (moescope runs delete) and record it again, or merge the shards that are missing",
+        )
     state = (run.info["summary"] or {}).get("progress", {})
     generated = store.fetch("SELECT count(*) FROM tokens WHERE run_id = ? AND phase = 'decode'", [run.run_id])[0][0]
     return Stopped(

@@ -77,6 +77,11 @@ def _phase_tokens(shape: RunShape) -> list[float]:
     return [part / max(1, shape.batches) for part in parts if part]
 
 
+def _loads(shape: RunShape) -> int:
+    labels = max(1, min(shape.labels, round(shape.batches * shape.labels_a_batch)))
+    return sum(r.choices for r in shape.routers) * labels * len(_phase_tokens(shape))
+
+
 def _load_partials(shape: RunShape) -> int:
     cells = [(router, n / shape.labels_a_batch) for router in shape.routers for n in _phase_tokens(shape)]
     return round(shape.batches * shape.labels_a_batch * sum(_chosen(router, n) for router, n in cells))
@@ -91,7 +96,7 @@ _ROWS: Mapping[str, Callable[[RunShape], int]] = {
     "sequences": lambda s: s.sequences,
     "vocabulary": lambda s: s.distinct,
     "routing": lambda s: s.tokens * len(s.routers),
-    "loads": lambda s: sum(r.choices for r in s.routers) * max(1, s.labels) * len(_phase_tokens(s)),
+    "loads": _loads,
     "load_partials": _load_partials,
     "experts": lambda s: sum(r.choices for r in s.routers if r.inside),
     "expert_partials": _expert_partials,

@@ -65,7 +65,8 @@ class ExpertPartial:
 
     def fold(self, later: ExpertPartial) -> None:
         """Add the partial of a later batch."""
-        larger = later.max_abs_out > self.max_abs_out
+        # A NaN wins over any number, and stays.
+        larger = ~np.isnan(self.max_abs_out) & ~(later.max_abs_out <= self.max_abs_out)
         for name in ("tokens", "weight_sum", "norm_sum", "weighted_norm_sum", "neurons", "active", "zeros"):
             setattr(self, name, getattr(self, name) + getattr(later, name))
         for name in ("max_abs_out", "max_abs_channel", "max_abs_token"):
