@@ -66,6 +66,16 @@ def check_sizes(batch_size: int, max_length: int, generate: int, sample: float, 
         )
 
 
+def check_part(batches: range | None, *, resume: bool) -> None:
+    """Raise `InputError` for batches that are no part of a plan."""
+    if batches is None:
+        return
+    if batches.step != 1 or batches.start < 0 or not batches:
+        raise InputError("batches are a range of their numbers", expected="range(first, end)", found=str(batches))
+    if resume:
+        raise InputError("a part of a plan is not resumed", fix="record it again, in smaller parts if it is long")
+
+
 def longest(model: LiveModel, max_length: int, generate: int) -> int:
     """Tokens of the longest prompt: room is left in the model's context for what it generates."""
     if model.context is None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from itertools import islice
 from typing import Any
@@ -19,7 +19,7 @@ from moescope.core.versions import library_versions
 from moescope.probes.anatomy import Sublayer
 from moescope.probes.batches import Batch, BatchPlan, Side
 from moescope.probes.batches import Sequence as BatchSequence
-from moescope.probes.choices import check_sizes, chosen_probes, longest
+from moescope.probes.choices import check_part, check_sizes, chosen_probes, longest
 from moescope.probes.claim import claimed
 from moescope.probes.corpus import Corpus, CorpusFacts
 from moescope.probes.forward import to_device
@@ -29,6 +29,7 @@ from moescope.probes.probe import Probe, ProbeContext
 from moescope.probes.progress import RunProgress
 from moescope.probes.rule_search import find_rules
 from moescope.probes.selfcheck import check_generation, check_left_padding, check_taps, first_look
+from moescope.probes.workers.plan_walk import PlanWalk
 from moescope.store.coverage import Expectation
 from moescope.store.ending import end_run
 from moescope.store.resuming import Stopped, reopen, stopped_run
@@ -59,6 +60,7 @@ def record(
     padding: str | None = None,
     seed: int = 0,
     resume: bool = False,
+    batches: range | None = None,
     progress: bool = True,
 ) -> Run:
     """Run a corpus through a model and keep what the probes see.
@@ -83,6 +85,8 @@ def record(
         resume: go on with the run of this name where it was stopped (killed, interrupted, or failed), after its last whole
             chunk; the plan must be the same, and on the same machine the rows are those of an unbroken run. A run that is
             complete is given back as it is; one that does not exist is begun.
+        batches: record only these batches of the plan, as a shard for `moescope merge`: batches and sequences keep their
+            numbers of the plan, tokens are numbered from 0. The run is `incomplete`, since most of the corpus is elsewhere.
         progress: draw a progress bar on stderr.
 
     Returns:
@@ -118,6 +122,7 @@ def record(
         padding=padding,
         seed=seed,
         resume=resume,
+        batches=batches,
     )
     return recording.run(progress=progress)
 
@@ -141,7 +146,9 @@ class Recording:
         padding: str | None = None,
         seed: int = 0,
         resume: bool = False,
+        batches: range | None = None,
     ) -> None:
+        check_part(batches, resume=resume)
         check_sizes(batch_size, max_length, generate, sample, padding)
         if store.read_only:
             raise InputError(f"{store.path} is open for reading only", fix="open it with Store(path)")
@@ -154,6 +161,8 @@ class Recording:
         self.facts: CorpusFacts = corpus.facts()
         self.max_length = longest(model, max_length, generate)
         self.plan = BatchPlan(corpus, model.tokenizer, batch_size, self.max_length, model.anatomy.vocabulary)
+        self.batches = batches
+        self.walk = None if batches is None else PlanWalk(self.plan)
         self.context = ProbeContext(
             model.anatomy,
             model.tokenizer,
@@ -245,7 +254,7 @@ class Recording:
 
     def _forward_passes(self, passes: Passes, writer: RunWriter, started: float, *, progress: bool) -> None:
         with RunProgress(f"recording {self.name}", self.facts.characters, shown=progress) as bar, passes.open():
-            for batch in self.plan:
+            for batch in self._planned():
                 if self.before is not None and batch.number < self.before.batches:
                     bar.advance_to(batch.characters, self.tokens, time.perf_counter() - started)
                     continue
@@ -255,6 +264,10 @@ class Recording:
                 self.sequences += len(batch.sequences)
                 writer.submit(self._rows_later(finish))
                 bar.advance_to(batch.characters, self.tokens, time.perf_counter() - started)
+
+    def _planned(self) -> Iterable[Batch]:
+        """The batches to record."""
+        return self.plan if self.walk is None or self.batches is None else self.walk.between(self.batches)
 
     @property
     def tokens(self) -> int:
@@ -297,6 +310,7 @@ class Recording:
             "taps_checked": True,
             "corpus": self.corpus.name,
             **self.model.settings(),
+            **({"batches": [self.batches.start, self.batches.stop]} if self.batches is not None else {}),
         }
 
     def _begin(self) -> Run:
@@ -348,6 +362,7 @@ class Recording:
             "first_skipped": self.facts.first_skipped,
             "stopped": stopped,
             "left_out": self.left_out,
+            **({"plan_batches": self.walk.length} if self.walk is not None else {}),
             "resumed_at_batch": self.before.batches if self.before else None,
             **({"progress": self._progress(seconds)} if stopped else {}),
             **{key: value for probe in self.probes for key, value in probe.summary().items()},

@@ -65,6 +65,16 @@ Resume = Annotated[
     bool,
     typer.Option("--resume", help="Go on with the run of this name after its last whole chunk, if it was stopped."),
 ]
+Workers = Annotated[
+    int, typer.Option(min=1, help="Record with so many workers on Ray, each with its own copy of the model.")
+]
+RayAddress = Annotated[
+    str | None,
+    typer.Option(
+        help="Ray cluster to record on: auto, host:port, ray://….  [default: a Ray on this machine, for --workers]",
+        show_default=False,
+    ),
+]
 TimePlain = Annotated[bool, typer.Option("--time-plain", help="Also time plain forward passes over the same batches.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Check everything and say what would be done.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
@@ -93,6 +103,8 @@ def profile(
     skip_bad_lines: SkipBad = False,
     seed: Seed = 0,
     resume: Resume = False,
+    workers: Workers = 1,
+    ray_address: RayAddress = None,
     time_plain: TimePlain = False,
     dry_run: DryRun = False,
     json: Json = False,
@@ -115,6 +127,12 @@ def profile(
             "--time-plain compares passes over texts, and a continued text takes many more",
             fix="leave out --time-plain or --generate",
         )
+    shared_out = workers > 1 or ray_address is not None
+    if shared_out and (resume or time_plain):
+        raise InputError(
+            f"--{'resume' if resume else 'time-plain'} is for one recording, and --workers makes many small ones",
+            fix="leave out one of them",
+        )
     corpus = Corpus.load(data or "demo", text_field=text_field, label_field=label_field, skip_bad_lines=skip_bad_lines)
     found = corpus.facts()
     if data is None:
@@ -122,14 +140,41 @@ def profile(
     names = probe.replace(" ", "").split(",") if probe else None
     sites = site.replace(" ", "").split(",") if site else []
     run_name = _checked_name(store, name, model, read_only=dry_run, resume=resume)
-    live = load(
-        model,
-        device=device,
-        device_map=device_map,
-        dtype=dtype,
-        revision=revision,
-        trust_remote_code=trust_remote_code,
-    )
+    load_options: dict[str, Any] = {
+        "device": device,
+        "device_map": device_map,
+        "dtype": dtype,
+        "revision": revision,
+        "trust_remote_code": trust_remote_code,
+    }
+    options: dict[str, Any] = {
+        "name": run_name,
+        "probes": names,
+        "sites": sites,
+        "sample": sample,
+        "generate": generate,
+        "batch_size": batch_size,
+        "max_length": max_length,
+        "padding": padding,
+        "seed": seed,
+    }
+    if shared_out and not dry_run:
+        from moescope.probes.workers.record_with_workers import record_with_workers
+
+        with Store(store) as opened:
+            run = record_with_workers(
+                model,
+                corpus,
+                opened,
+                workers=workers,
+                ray_address=ray_address,
+                load_options=load_options,
+                progress=not json,
+                **options,
+            )
+            _tell(run, store, report, None, json=json)
+        return
+    live = load(model, **load_options)
     read = [read_site(s, live.anatomy) for s in sites]
     chosen, left_out = chosen_probes(live, names, read)
     if dry_run:
@@ -147,38 +192,30 @@ def profile(
             "characters": found.characters,
             "labels": len(found.labels),
             "skipped": found.skipped,
+            **({"workers": workers} if shared_out else {}),
         }
         as_json(plan) if json else facts(plan)
         return
     with Store(store) as opened:
-        recording = Recording(
-            live,
-            corpus,
-            opened,
-            name=run_name,
-            probes=names,
-            sites=sites,
-            sample=sample,
-            generate=generate,
-            batch_size=batch_size,
-            max_length=max_length,
-            padding=padding,
-            seed=seed,
-            resume=resume,
-        )
+        recording = Recording(live, corpus, opened, resume=resume, **options)
         before = _plain_seconds(recording) if time_plain else 0.0
         run = recording.run(progress=not json)
         after = _plain_seconds(recording) if time_plain else 0.0
-        summary = _summary(run, (before + after) / 2 if time_plain else None)
-        if report is not None:
-            from moescope.report.write import write_report
+        _tell(run, store, report, (before + after) / 2 if time_plain else None, json=json)
 
-            summary["report"] = str(write_report(run, report))
-        summary["store"] = str(store)
-        as_json(summary) if json else facts(summary)
-        if not run.complete:
-            _tell_gaps(run)
-            raise typer.Exit(3)
+
+def _tell(run: Run, store: Path, report: Path | None, plain_seconds: float | None, *, json: bool) -> None:
+    """Say what was recorded, write the report, and leave with 3 where something is missing."""
+    summary = _summary(run, plain_seconds)
+    if report is not None:
+        from moescope.report.write import write_report
+
+        summary["report"] = str(write_report(run, report))
+    summary["store"] = str(store)
+    as_json(summary) if json else facts(summary)
+    if not run.complete:
+        _tell_gaps(run)
+        raise typer.Exit(3)
 
 
 def _plain_seconds(recording: Recording) -> float:
@@ -197,6 +234,8 @@ def _summary(run: Run, plain_seconds: float | None) -> dict[str, Any]:
         "tokens": summary["tokens"],
         "profile tokens/s": round(summary["tokens_per_second"]),
     }
+    if summary.get("workers"):
+        shown["workers"] = summary["workers"]
     if summary["generated_tokens"]:
         shown["generated"] = f"{summary['generated_tokens']:,} of these tokens"
     if summary.get("near_ties"):

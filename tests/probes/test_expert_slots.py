@@ -73,7 +73,10 @@ def test_gradients_under_taps_are_the_models_own(model_type: str, backend: str) 
     plain, under_taps = gradients(False), gradients(True)
     assert len(plain) == len(under_taps) > 10
     for a, b in zip(plain, under_taps, strict=True):
-        assert torch.equal(a, b)
+        if backend == "batched_mm":  # its gathers add up gradients in whatever order threads come
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+        else:
+            assert torch.equal(a, b)
 
 
 @pytest.mark.parametrize("experts", ["grouped_mm", "batched_mm"])

@@ -210,7 +210,10 @@ def test_room_of_a_deleted_run_is_used_by_the_next_without_compacting(store: Sto
     _large(store, "second")
     two = store.path.stat().st_size
     assert two - one > 0.8 * (one - empty), "a run takes its own room where there is none free"
+    used = "SELECT used_blocks FROM pragma_database_size()"
+    before = store.fetch(used)[0][0]
     store.delete_run("first")
+    assert store.fetch(used)[0][0] < 0.7 * before, "its room is free at once"
     _large(store, "third")
     assert store.path.stat().st_size <= two + 0.1 * (two - one)
 

@@ -214,7 +214,7 @@ def test_opening_a_store_twice_in_a_process_does_not_let_others_in(path: Path) -
                 second.runs()
             with pytest.raises(StoreError):
                 Store(again, read_only=True)
-        assert "Conflicting lock" in _write_elsewhere(path)
+        assert f'Could not set lock on file "{path}": Conflicting lock' in _write_elsewhere(path)
         assert store.runs() == []
     assert _write_elsewhere(path) == ""
 
@@ -239,6 +239,29 @@ def test_two_threads_open_the_same_store(path: Path) -> None:
     assert failures == []
     with Store(path) as store:
         assert len(store.runs()) == 10
+
+
+@pytest.mark.parametrize("times", [3, 10**9])
+def test_store_that_another_thread_is_just_closing_is_waited_for(
+    path: Path, monkeypatch: pytest.MonkeyPatch, times: int
+) -> None:
+    """Between the two, DuckDB knows the file neither as open nor as closed; it is not waited for without end."""
+    Store(path).close()
+    plain, left = duckdb.connect, [times]
+
+    def connect(*arguments: Any, **options: Any) -> duckdb.DuckDBPyConnection:
+        left[0] -= 1
+        if left[0] >= 0:
+            raise duckdb.BinderException(f'"{path}" is already attached by database "runs"')
+        return plain(*arguments, **options)
+
+    monkeypatch.setattr("moescope.store.opening.duckdb.connect", connect)
+    monkeypatch.setattr("moescope.store.opening._PATIENCE_SECONDS", 0.3)
+    if times == 3:
+        Store(path).close()
+        return
+    with pytest.raises(StoreError, match="already attached"):
+        Store(path)
 
 
 # Permissions ---------------------------------------------------------------------------------------------------------

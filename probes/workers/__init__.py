@@ -1,0 +1,1 @@
+"""Recording with many workers on Ray: batches out, shards back, one run in the end."""
