@@ -57,6 +57,11 @@ def run() -> int:
     except MoescopeError as error:
         return _told(str(error), error.exit_code)
     except Exception as error:  # noqa: BLE001  the last resort: a bug is told as one line, with the way to its traceback
+        if type(error).__module__.partition(".")[0] in ("duckdb", "_duckdb"):
+            from moescope.store.opening import is_damage
+
+            if is_damage(error):  # type: ignore[arg-type]  # of DuckDB's own errors
+                return _told(f"the store is damaged: {error}. What to do: restore it from a copy.", 2)
         return _told(f"internal error: {type(error).__name__}: {error}. Run `moescope --debug …` for the traceback.", 4)
     return 0
 
