@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Sequence
 
-from moescope.core.errors import InputError
+from moescope.core.errors import InputError, RunError
 from moescope.core.probe import ProbeEntry
 from moescope.core.probe import probes as probe_registry
 from moescope.core.sites import Site
 from moescope.probes.live_model import LiveModel
+from moescope.store.store import Store
 
 _VECTORS = "activations"
+_LEAST_ROOM = 64 << 20
 
 
 def chosen_probes(
@@ -89,3 +92,15 @@ def longest(model: LiveModel, max_length: int, generate: int) -> int:
             fix="lower generate (--generate)",
         )
     return min(max_length, room)
+
+
+def check_room(store: Store) -> None:
+    """Raise `RunError` where the disk of a store has next to no room."""
+    free = shutil.disk_usage(store.path.parent).free
+    if free < _LEAST_ROOM:
+        raise RunError(
+            f"there is no room on the disk of {store.path}",
+            expected=f"at least {_LEAST_ROOM >> 20} MiB",
+            found=f"{free / 2**20:.0f} MiB",
+            fix="free some space, or put the store elsewhere",
+        )

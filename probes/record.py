@@ -3,33 +3,26 @@
 from __future__ import annotations
 
 import json
-import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import replace
-from itertools import islice
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-import torch
-
-from moescope.core.errors import InputError, MoescopeError, RunError
+from moescope.core.errors import InputError, MoescopeError
 from moescope.core.site_names import read_site
 from moescope.core.sites import Site
 from moescope.core.versions import library_versions
 from moescope.probes.anatomy import Sublayer
 from moescope.probes.batches import Batch, BatchPlan, Side
-from moescope.probes.batches import Sequence as BatchSequence
-from moescope.probes.choices import check_part, check_sizes, chosen_probes, longest
+from moescope.probes.choices import check_part, check_room, check_sizes, chosen_probes, longest
 from moescope.probes.claim import claimed
 from moescope.probes.corpus import Corpus, CorpusFacts
-from moescope.probes.forward import to_device
+from moescope.probes.failures import explained, reason_of
 from moescope.probes.live_model import LiveModel
 from moescope.probes.passes import BatchSteps, Passes, joined
-from moescope.probes.probe import Probe, ProbeContext
+from moescope.probes.plan_walk import PlanWalk
+from moescope.probes.probe import ProbeContext
 from moescope.probes.progress import RunProgress
-from moescope.probes.rule_search import find_rules
-from moescope.probes.selfcheck import check_generation, check_left_padding, check_taps, first_look
-from moescope.probes.workers.plan_walk import PlanWalk
+from moescope.probes.trial import look_first
 from moescope.store.coverage import Expectation
 from moescope.store.ending import end_run
 from moescope.store.resuming import Stopped, reopen, stopped_run
@@ -38,11 +31,6 @@ from moescope.store.store import Store
 from moescope.store.writer import BatchRecords, RunWriter
 
 __all__ = ["Recording", "chosen_probes", "record"]
-
-_LEAST_ROOM = 64 << 20
-# Rules are found on so many tokens of the first sequences, each cut to that length.
-_RULE_TOKENS, _RULE_LENGTH = 512, 128
-_RULE_ROWS = 64
 
 
 def record(
@@ -152,7 +140,7 @@ class Recording:
         check_sizes(batch_size, max_length, generate, sample, padding)
         if store.read_only:
             raise InputError(f"{store.path} is open for reading only", fix="open it with Store(path)")
-        _check_room(store)
+        check_room(store)
         self.model, self.corpus, self.store, self.name, self.seed = model, corpus, store, name, seed
         self.generate = generate
         self.side: Side = "left" if padding == "left" or (generate and padding is None) else "right"
@@ -173,7 +161,7 @@ class Recording:
         self.prefilled = self.generated = self.sequences = self._next_token = 0
         self.before: Stopped | None = self._stopped() if resume else None
         with claimed(model.module, name):
-            self._look_first()
+            self.probes = look_first(model, self.plan, self.entries, self.context, side=self.side, generate=generate)
         if self.before is not None:
             self._go_on_from(self.before)
 
@@ -196,28 +184,6 @@ class Recording:
             self.context.report(site, problem)
         for probe, entry in zip(self.probes, self.entries, strict=True):
             probe.restore(before.state.get("probes", {}).get(entry.name, {}))
-
-    def _look_first(self) -> None:
-        """Find the routing rules on the first sequences, and try there whatever the run will do."""
-        first = next(iter(self.plan), None)
-        if first is None:
-            raise InputError(
-                f"no text of {self.corpus.name} gives a token", fix="check that the tokenizer belongs to the model"
-            )
-        try:
-            if any(entry.name == "routing" for entry in self.entries):
-                self.context.rules = find_rules(self.model, Batch(0, tuple(_enough(self.plan)), 0))
-            self.probes: list[Probe] = [entry.function(self.context) for entry in self.entries]
-            look = to_device(first_look(first), self.model, side=self.side)
-            if self.side == "left" and self.plan.batch_size > 1:
-                check_left_padding(self.model, first_look(first))
-            if self.generate:
-                check_generation(self.model, look)
-            check_taps(self.model, look, self.probes, generate=self.generate > 0)
-        except MoescopeError:
-            raise
-        except Exception as failure:
-            raise _explained(failure) from failure
 
     def run(self, *, progress: bool) -> Run:
         """Record, settle the ledger, give the run its final status."""
@@ -250,7 +216,7 @@ class Recording:
             return run
         if isinstance(failure, (MoescopeError, KeyboardInterrupt)):
             raise failure
-        raise _explained(failure) from failure
+        raise explained(failure) from failure
 
     def _forward_passes(self, passes: Passes, writer: RunWriter, started: float, *, progress: bool) -> None:
         with RunProgress(f"recording {self.name}", self.facts.characters, shown=progress) as bar, passes.open():
@@ -339,7 +305,7 @@ class Recording:
         }
 
     def _end(self, run: Run, seconds: float, failure: BaseException | None) -> None:
-        stopped = _reason(failure)
+        stopped = reason_of(failure)
         expectations = [
             Expectation(
                 "documents",
@@ -369,47 +335,3 @@ class Recording:
         }
         failed = failure is not None and not isinstance(failure, KeyboardInterrupt)
         end_run(self.store, run, expectations, summary, failed=failed)
-
-
-def _enough(plan: BatchPlan) -> Iterator[BatchSequence]:
-    """The first sequences of a plan, cut short: enough tokens to tell one routing rule from another."""
-    tokens = 0
-    sequences = (sequence for batch in plan for sequence in batch.sequences)
-    for sequence in islice(sequences, _RULE_ROWS):
-        cut = replace(sequence, token_ids=sequence.token_ids[:_RULE_LENGTH])
-        yield cut
-        tokens += len(cut.token_ids)
-        if tokens >= _RULE_TOKENS:
-            return
-
-
-def _check_room(store: Store) -> None:
-    free = shutil.disk_usage(store.path.parent).free
-    if free < _LEAST_ROOM:
-        raise RunError(
-            f"there is no room on the disk of {store.path}",
-            expected=f"at least {_LEAST_ROOM >> 20} MiB",
-            found=f"{free / 2**20:.0f} MiB",
-            fix="free some space, or put the store elsewhere",
-        )
-
-
-def _reason(failure: BaseException | None) -> str | None:
-    if failure is None:
-        return None
-    return "interrupted" if isinstance(failure, KeyboardInterrupt) else f"{type(failure).__name__}: {failure}"
-
-
-def _explained(failure: BaseException) -> RunError:
-    text = " ".join(str(failure).split())[:400]
-    if isinstance(failure, torch.OutOfMemoryError) or "out of memory" in text or isinstance(failure, MemoryError):
-        return RunError(
-            "the device ran out of memory",
-            found=text,
-            fix="lower batch_size or max_length; chunks written before are whole",
-        )
-    return RunError(
-        "the model failed on the way",
-        found=f"{type(failure).__name__}: {text}",
-        fix="chunks written before are whole; see the cause above with --debug",
-    )

@@ -18,6 +18,8 @@ Vector = Float[torch.Tensor, " n_experts"]
 
 # Share of tokens whose decision a rule must reproduce: all but one in a thousand, which leaves room for exact ties.
 ENOUGH = 0.999
+_CLOSE = {torch.float32: 1e-3, torch.float64: 1e-3}
+_CLOSE_NARROW = 2e-2
 
 
 @dataclass(frozen=True)
@@ -186,6 +188,12 @@ class BoundRule:
     def with_rule(self, **changes: Any) -> BoundRule:
         """The same router under a changed rule."""
         return replace(self, rule=replace(self.rule, **changes))
+
+
+def same_weights(rule: Weights, given: Weights) -> torch.Tensor:
+    """[token, slot] Whether weights of the rule, which computes in float32, are those of the model, in whatever type they are."""
+    rtol = _CLOSE.get(given.dtype, _CLOSE_NARROW)
+    return torch.isclose(rule.float(), given.float(), rtol=rtol, atol=1e-6)
 
 
 def _limited(scores: Logits, groups: Groups) -> Logits:

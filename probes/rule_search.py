@@ -14,12 +14,20 @@ from moescope.probes.anatomy import Sublayer
 from moescope.probes.batches import Batch
 from moescope.probes.forward import logits_of, to_device
 from moescope.probes.live_model import LiveModel
-from moescope.probes.routing_rule import BoundRule, Groups, Ids, Logits, RoutingRule, Score, Vector, Weights
+from moescope.probes.routing_rule import (
+    BoundRule,
+    Groups,
+    Ids,
+    Logits,
+    RoutingRule,
+    Score,
+    Vector,
+    Weights,
+    same_weights,
+)
 from moescope.probes.taps import tapped
 
 _MOST_TOKENS = 1024
-_RELATIVE = {torch.float32: 1e-3, torch.float64: 1e-3}
-_RELATIVE_NARROW = 2e-2
 _MEASURED = {"agreement", "choice_agreement", "weight_agreement", "tokens"}
 
 
@@ -146,14 +154,13 @@ def _measured(bound: BoundRule, logits: Logits, ids: Ids, weights: Weights) -> B
     if not torch.isfinite(torch.tensor(scale)):
         scale = 1.0
     scale = round(scale, 4) if abs(scale - round(scale, 4)) < 2e-4 * abs(scale) else scale
-    close = torch.isclose(base * scale, given, rtol=_RELATIVE.get(weights.dtype, _RELATIVE_NARROW), atol=1e-6)
-    same_weights = (close | nothing).all(-1)
-    same_set = bound.agrees(logits, ids) if rule.choice != "hash" else torch.ones_like(same_weights)
+    fits = (same_weights(base * scale, weights) | nothing).all(-1)
+    same_set = bound.agrees(logits, ids) if rule.choice != "hash" else torch.ones_like(fits)
     return bound.with_rule(
         scale=scale,
-        agreement=float((same_set & same_weights).float().mean()),
+        agreement=float((same_set & fits).float().mean()),
         choice_agreement=float(same_set.float().mean()),
-        weight_agreement=float(same_weights.float().mean()),
+        weight_agreement=float(fits.float().mean()),
         tokens=len(ids),
     )
 

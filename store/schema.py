@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from moescope.store.sql_text import literal
+
 SCHEMA_VERSION = 2
 
 
@@ -30,13 +32,9 @@ class Table:
         columns = ", ".join(f'"{c.name}" {c.type}' for c in self.columns)
         constraint = f", {self.constraint}" if self.constraint else ""
         create = f'CREATE TABLE "{self.name}" ({columns}{constraint})'
-        comments = [f'COMMENT ON TABLE "{self.name}" IS {_quoted(self.comment)}']
-        comments += [f'COMMENT ON COLUMN "{self.name}"."{c.name}" IS {_quoted(c.comment)}' for c in self.columns]
+        comments = [f'COMMENT ON TABLE "{self.name}" IS {literal(self.comment)}']
+        comments += [f'COMMENT ON COLUMN "{self.name}"."{c.name}" IS {literal(c.comment)}' for c in self.columns]
         return [create, *comments]
-
-
-def _quoted(text: str) -> str:
-    return "'" + text.replace("'", "''") + "'"
 
 
 _RUN = Column("run_id", "UUID", "the run this row belongs to")

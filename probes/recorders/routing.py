@@ -18,7 +18,7 @@ from moescope.probes.arrow_rows import constant, lists, slot_order
 from moescope.probes.batches import Batch, Side
 from moescope.probes.decision_faults import faults_of_ids, faults_of_logits, rule_faults
 from moescope.probes.probe import Arrays, HostBatch, Probe, ProbeContext, Tensors, expectations_at, no_routers
-from moescope.probes.routing_rule import BoundRule
+from moescope.probes.routing_rule import BoundRule, same_weights
 from moescope.store.coverage import Expectation
 from moescope.store.totals import LoadPartial
 from moescope.store.writer import BatchRecords
@@ -26,9 +26,6 @@ from moescope.store.writer import BatchRecords
 NEAR_TIE = 1e-4
 _DECISIONS = "SELECT sum(len(experts)) FROM routing WHERE run_id = $run AND layer = $layer AND block = $block"
 _ENTROPIES = "SELECT count(entropy) FROM routing WHERE run_id = $run AND layer = $layer AND block = $block"
-# How far weights of a type may lie from those of the rule, which computes in float32.
-_CLOSE = {torch.float32: 1e-3, torch.float64: 1e-3}
-_CLOSE_NARROW = 2e-2
 _KEPT = ("ids", "weights", "finite", "like_probabilities", "entropy", "margin", "same_set", "same_weights")
 _TINY = torch.finfo(torch.float32).tiny
 _SUM_OF_SHARES = 1e-3
@@ -182,13 +179,7 @@ def _of_rule(
         found["same_set"] = bound.agrees(logits, ids)
     if bound.rule.weights_fit:
         nothing = (weights == 0) | (ids >= logits.shape[-1])
-        close = torch.isclose(
-            bound.weights(logits, ids).float(),
-            weights.float(),
-            rtol=_CLOSE.get(weights.dtype, _CLOSE_NARROW),
-            atol=1e-6,
-        )
-        found["same_weights"] = (close | nothing).all(-1)
+        found["same_weights"] = (same_weights(bound.weights(logits, ids), weights) | nothing).all(-1)
     return found
 
 

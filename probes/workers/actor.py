@@ -11,9 +11,9 @@ from pathlib import Path
 from moescope.core.errors import InputError
 from moescope.probes.batches import Batch
 from moescope.probes.live_model import LiveModel
+from moescope.probes.plan_walk import PlanWalk
 from moescope.probes.routing_rule import BoundRule
 from moescope.probes.workers.job import Job, Outcome, Refusal, Task
-from moescope.probes.workers.plan_walk import PlanWalk
 from moescope.probes.workers.shard_recording import ShardRecording
 from moescope.store.store import Store
 

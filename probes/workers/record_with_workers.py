@@ -15,6 +15,7 @@ from moescope.core.probe import probes as probe_registry
 from moescope.core.sites import Site
 from moescope.probes.choices import check_sizes
 from moescope.probes.corpus import Corpus
+from moescope.probes.failures import reason_of
 from moescope.probes.progress import RunProgress
 from moescope.probes.workers.job import Job, Outcome, Task
 from moescope.probes.workers.pool import ATTEMPTS, WorkerPool
@@ -115,7 +116,7 @@ def record_with_workers(
         marker = folder / f"{folder.name}.marker"
         marker.touch()
         job = Job(
-            model=str(Path(model).resolve() if Path(model).exists() else model),
+            model=_wherever(model),
             load_options=loading,
             corpus=loaded,
             fingerprint=facts.fingerprint,
@@ -174,7 +175,7 @@ def _gather(crew: _Crew, store: Store, name: str, folder: Path, workers: int, fa
             "tokens_per_second": round(crew.tokens / max(crew.seconds, 1e-9), 1),
         }
         try:
-            run = merge(store, sorted(crew.shards), name=name, stopped=_reason(failure), facts=facts)
+            run = merge(store, sorted(crew.shards), name=name, stopped=reason_of(failure), facts=facts)
         except MoescopeError as error:
             raise RunError(
                 "what the workers recorded could not be merged",
@@ -235,7 +236,7 @@ def _make(folder: Path) -> None:
         ) from refused
 
 
-def _reason(failure: BaseException | None) -> str | None:
-    if failure is None:
-        return None
-    return "interrupted" if isinstance(failure, KeyboardInterrupt) else f"{type(failure).__name__}: {failure}"
+def _wherever(model: str | Path) -> str:
+    """A model's name as it means the same in any folder. "demo" is the bundled one, also beside a folder of that name."""
+    path = Path(model)
+    return str(path.resolve()) if str(model) != "demo" and path.exists() else str(model)

@@ -15,7 +15,7 @@ import moescope as ms
 @pytest.fixture
 def shards(tmp_path: Path, tiny_model: Any, token_ids: Any) -> list[Path]:
     """Three shards of two batches each."""
-    from moescope.probes.workers.plan_walk import PlanWalk
+    from moescope.probes.plan_walk import PlanWalk
     from moescope.probes.workers.shard_recording import ShardRecording
 
     model, corpus = ms.load(tiny_model("llama")), ms.Corpus.from_token_ids(token_ids((4, 7, 2, 9, 5, 3)))

@@ -53,7 +53,7 @@ def recorded(tiny_model: Any, token_ids: Any, tmp_path_factory: pytest.TempPathF
     models: dict[str, Any] = {}
 
     def make(plan: str, batches: range | None = None) -> Path:
-        from moescope.probes.workers.plan_walk import PlanWalk
+        from moescope.probes.plan_walk import PlanWalk
         from moescope.probes.workers.shard_recording import ShardRecording
 
         family, options = PLANS[plan]
@@ -196,7 +196,7 @@ def test_missing_batches_make_the_run_incomplete_and_are_named(
 
 def test_the_end_of_a_document_cannot_be_missing_unseen(tiny_model: Any, tmp_path: Path, recorded: Record) -> None:
     """Every document is there, but not all of the last one: its first part alone gives it a row."""
-    from moescope.probes.workers.plan_walk import PlanWalk
+    from moescope.probes.plan_walk import PlanWalk
     from moescope.probes.workers.shard_recording import ShardRecording
 
     model, corpus = ms.load(tiny_model("llama")), ms.Corpus.from_token_ids([[5] * 10, [7] * 40])
@@ -331,7 +331,7 @@ def test_a_shard_of_a_killed_recorder_beside_a_whole_one_is_not_needed(recorded:
 
 
 def test_equal_texts_stay_two(tiny_model: Any, tmp_path: Path) -> None:
-    from moescope.probes.workers.plan_walk import PlanWalk
+    from moescope.probes.plan_walk import PlanWalk
     from moescope.probes.workers.shard_recording import ShardRecording
 
     model, corpus = ms.load(tiny_model("llama")), ms.Corpus.from_token_ids([[5, 6, 7]] * 4)

@@ -337,3 +337,15 @@ def test_more_workers_than_there_is_room_for_are_refused(
 ) -> None:
     with pytest.raises(InputError, match=words):
         share_of(Resources(**has), workers, **{"threads": None, "device": "auto", "spread": False, **options})
+
+
+def test_a_name_means_the_same_in_every_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also in a folder that holds one called `demo`, as `make demo` leaves it."""
+    from moescope.probes.workers.record_with_workers import _wherever
+
+    monkeypatch.chdir(tmp_path)
+    for name in ("demo", "weights"):
+        (tmp_path / name).mkdir()
+    assert _wherever("demo") == "demo"
+    assert _wherever("weights") == str(tmp_path / "weights")
+    assert _wherever("allenai/OLMoE-1B-7B-0924") == "allenai/OLMoE-1B-7B-0924"

@@ -9,7 +9,7 @@ import pytest
 
 import moescope as ms
 from moescope.probes.batches import BatchPlan
-from moescope.probes.workers.plan_walk import PlanWalk
+from moescope.probes.plan_walk import PlanWalk
 
 
 def plan_of(sequences: int, batch_size: int = 2) -> BatchPlan:
