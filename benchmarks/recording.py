@@ -116,7 +116,7 @@ def _speed(bench: Bench, rounds: int) -> None:
             before, _ = bench.time(PLAIN)
             try:
                 taken, kept[name] = bench.time(name)
-            except Exception as error:
+            except Exception as error:  # another tool may fail in any way; the table says how
                 if name in OURS or name == PLAIN:
                     raise
                 bench.absent[name] = f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"

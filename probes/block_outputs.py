@@ -89,7 +89,7 @@ def contributions(model: nn.Module, anatomy: Anatomy, layer: int) -> dict[Site, 
         modules = (_mixer(model, s, anatomy),) if mixer else _mlp(model, s, anatomy, block)
         if None not in modules:
             kind = "mlp" if not mixer else "attn" if s.kind == "attention" else "ssm"
-            found[site] = Contribution(modules, _factor(block, kind))  # type: ignore[arg-type]
+            found[site] = Contribution(modules, _factor(block, kind))  # type: ignore[arg-type]  # None was ruled out
     joined = _joined_feed_forward(block)
     if joined is not None:
         found = {site: c for site, c in found.items() if site.tensor != MLP_OUT}

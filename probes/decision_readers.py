@@ -117,7 +117,7 @@ def product_keys(model: nn.Module, s: Sublayer, give: Give) -> list[RemovableHan
         seen[:] = [output]
 
     def read(_module: nn.Module, inputs: tuple[torch.Tensor]) -> None:
-        (ids,), keys = inputs, int(owner.num_keys)  # type: ignore[arg-type]
+        (ids,), keys = inputs, int(owner.num_keys)  # type: ignore[arg-type]  # modules type any attribute as tensor
         first, second = seen.pop().view(2, len(ids), -1)
         weights = (first.gather(-1, ids // keys) + second.gather(-1, ids % keys)).softmax(-1)
         give(ids, weights / weights.sum(-1, keepdim=True) if owner.norm_topk_prob else weights)

@@ -288,7 +288,7 @@ def text_config(model: nn.Module) -> Any:
 def _language_modules(model: nn.Module) -> Iterator[nn.Module]:
     """Modules of the language stack: a model that also sees or hears names classes of its other towers."""
     whole = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
-    decoder = None if whole or not hasattr(model, "get_decoder") else model.get_decoder()  # type: ignore[operator]
+    decoder = None if whole or not hasattr(model, "get_decoder") else model.get_decoder()  # type: ignore[operator]  # transformers
     start = decoder if isinstance(decoder, nn.Module) and decoder is not model else model
     yield model
     yield from start.modules()

@@ -16,7 +16,7 @@ def widths(module: nn.Module) -> tuple[int, int] | None:
     for names in (("in_features", "out_features"), ("nx", "nf")):
         found = [getattr(module, name, None) for name in names]
         if all(isinstance(width, int) for width in found):
-            return int(found[0]), int(found[1])  # type: ignore[arg-type]
+            return int(found[0]), int(found[1])  # type: ignore[arg-type]  # both found
     return None
 
 

@@ -137,7 +137,7 @@ def _candidates(
             continue
         for choice in ("score", "logits") if bias and not groups else ("score",):
             for renormalise in (True, False):
-                yield RoutingRule(score, choice, bias, groups, renormalise, dtype=kind)  # type: ignore[arg-type]
+                yield RoutingRule(score, choice, bias, groups, renormalise, dtype=kind)  # type: ignore[arg-type]  # literals
     for name, score in product(factors, scores):
         yield from (RoutingRule(score, renormalise=r, scale_by=name) for r in (True, False))
     if jitter := settings.get("jitter"):

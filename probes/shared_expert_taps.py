@@ -63,7 +63,7 @@ def routed_scale(moe: nn.Module) -> float:
         1.0
     """
     if type(moe).__name__ in _SCALE_AFTER_SUM:
-        return float(moe.routed_scaling_factor)  # type: ignore[arg-type]
+        return float(moe.routed_scaling_factor)  # type: ignore[arg-type]  # a number
     return _share(moe)
 
 

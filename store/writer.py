@@ -118,8 +118,6 @@ class RunWriter:
             except queue.Full:
                 continue
         self._thread.join()
-        with suppress(duckdb.Error):  # before merging is allowed again; what broke the store is told below
-            self._cursor.execute("CHECKPOINT")
         _put_back(self._cursor, self._settings)
         self._cursor.close()
         self.check()
@@ -225,8 +223,6 @@ def _frugal(connection: duckdb.DuckDBPyConnection) -> list[str]:
     wanted = {
         "memory_limit": _MEMORY,
         "threads": str(max(1, (os.cpu_count() or 1) // 4)),
-        # Checkpoints would merge row groups that are still growing: everything is written twice, and a fifth stays as holes.
-        "max_vacuum_tasks": "0",
     }
     changed: list[str] = []
     with duckdb.connect(":memory:") as untouched, suppress(duckdb.Error):
