@@ -20,7 +20,7 @@ from moescope.probes.failures import explained, reason_of
 from moescope.probes.live_model import LiveModel
 from moescope.probes.passes import BatchSteps, Passes, joined
 from moescope.probes.plan_walk import PlanWalk
-from moescope.probes.probe import ProbeContext
+from moescope.probes.probe import Probe, ProbeContext
 from moescope.probes.progress import RunProgress
 from moescope.probes.trial import look_first
 from moescope.store.coverage import Expectation
@@ -161,9 +161,13 @@ class Recording:
         self.prefilled = self.generated = self.sequences = self._next_token = 0
         self.before: Stopped | None = self._stopped() if resume else None
         with claimed(model.module, name):
-            self.probes = look_first(model, self.plan, self.entries, self.context, side=self.side, generate=generate)
+            self.probes = self._looked_first()
         if self.before is not None:
             self._go_on_from(self.before)
+
+    def _looked_first(self) -> list[Probe]:
+        """The probes, once what the run will do was tried."""
+        return look_first(self.model, self.plan, self.entries, self.context, side=self.side, generate=self.generate)
 
     def _stopped(self) -> Stopped | None:
         """The run of this name as it was left, if there is one."""

@@ -10,6 +10,7 @@ from typing import Any
 from moescope.probes.batches import Batch
 from moescope.probes.corpus import Corpus
 from moescope.probes.live_model import LiveModel
+from moescope.probes.probe import Probe
 from moescope.probes.record import Recording
 from moescope.probes.routing_rule import BoundRule
 from moescope.store.run import Run
@@ -58,12 +59,11 @@ class ShardRecording(Recording):
         self._plan_batches = plan_batches
         self.plan = _Part(batches, self.whole.batch_size)  # type: ignore[assignment]  # all that a recording asks of a plan
 
-    def _look_first(self) -> None:
+    def _looked_first(self) -> list[Probe]:
         if self._rules is None:
-            super()._look_first()
-            return
+            return super()._looked_first()
         self.context.rules = self._rules
-        self.probes = [entry.function(self.context) for entry in self.entries]
+        return [entry.function(self.context) for entry in self.entries]
 
     def _end(self, run: Run, seconds: float, failure: BaseException | None) -> None:
         super()._end(run, seconds, failure)
