@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from moescope.probes.custom_layers import register_moe
     from moescope.probes.live_model import LiveModel
     from moescope.probes.loading import load
+    from moescope.probes.planning import plan
     from moescope.probes.record import record
     from moescope.report.write import write_report
     from moescope.store.run import Run
@@ -41,6 +42,7 @@ _HOME = {
     "analyses": "moescope.analysis_api",
     "analyze": "moescope.analysis_api",
     "load": "moescope.probes.loading",
+    "plan": "moescope.probes.planning",
     "record": "moescope.probes.record",
     "register_moe": "moescope.probes.custom_layers",
     "write_report": "moescope.report.write",
@@ -61,6 +63,7 @@ __all__ = [
     "analyses",
     "analyze",
     "load",
+    "plan",
     "record",
     "register_moe",
     "write_report",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from moescope.core.errors import InputError, MoescopeError
@@ -25,6 +25,7 @@ from moescope.probes.progress import RunProgress
 from moescope.probes.trial import look_first
 from moescope.store.coverage import Expectation
 from moescope.store.ending import end_run
+from moescope.store.measured_bytes import bytes_before, note_costs
 from moescope.store.resuming import Stopped, reopen, stopped_run
 from moescope.store.run import Run
 from moescope.store.store import Store
@@ -47,6 +48,7 @@ def record(
     max_length: int = 512,
     padding: str | None = None,
     seed: int = 0,
+    budget: str | int | None = None,
     resume: bool = False,
     batches: range | None = None,
     progress: bool = True,
@@ -70,6 +72,8 @@ def record(
         padding: side at which shorter sequences are filled up: "left" or "right"; None for left where texts are continued,
             which needs it, and right elsewhere. Both give the same records but for rounding.
         seed: stored with the run; the only thing it decides is which tokens a sample takes.
+        budget: bytes that the run may take on disk: `"2GB"`, `"500 MiB"`, or a number; what does not fit is left out, as
+            `moescope.plan` says. A run that is resumed keeps what it kept before.
         resume: go on with the run of this name where it was stopped (killed, interrupted, or failed), after its last whole
             chunk; the plan must be the same, and on the same machine the rows are those of an unbroken run. A run that is
             complete is given back as it is; one that does not exist is begun.
@@ -83,7 +87,7 @@ def record(
 
     Raises:
         InputError: a name that is taken, a corpus that cannot be read, a probe that this model has no use for, a site that
-            it does not have, a model that cannot generate or is being recorded already.
+            it does not have, a model that cannot generate or is being recorded already, a budget that nothing fits.
         RunError: taps change the model's logits; or the disk, the model or the device failed on the way: whole chunks
             written before stay, status `failed`.
         KeyboardInterrupt: after Ctrl-C, once what was recorded is safe; status `incomplete`.
@@ -96,22 +100,26 @@ def record(
         ...     run.status
         'complete'
     """
-    recording = Recording(
-        model,
-        Corpus.load(corpus),
-        store,
-        name=name,
-        probes=probes,
-        sites=sites,
-        sample=sample,
-        generate=generate,
-        batch_size=batch_size,
-        max_length=max_length,
-        padding=padding,
-        seed=seed,
-        resume=resume,
-        batches=batches,
-    )
+    corpus = Corpus.load(corpus)
+    asked: dict[str, Any] = {
+        "probes": probes,
+        "sites": sites,
+        "sample": sample,
+        "generate": generate,
+        "batch_size": batch_size,
+        "max_length": max_length,
+        "padding": padding,
+        "seed": seed,
+    }
+    planned = None
+    if budget is not None:
+        from moescope.probes.budgeted import budgeted  # which itself records a few batches
+
+        kept, planned = budgeted(
+            model, corpus, store, name=name, budget=budget, resume=resume, progress=progress, asked=asked
+        )
+        asked |= kept
+    recording = Recording(model, corpus, store, name=name, resume=resume, batches=batches, planned=planned, **asked)
     return recording.run(progress=progress)
 
 
@@ -135,6 +143,7 @@ class Recording:
         seed: int = 0,
         resume: bool = False,
         batches: range | None = None,
+        planned: Mapping[str, float] | None = None,
     ) -> None:
         check_part(batches, resume=resume)
         check_sizes(batch_size, max_length, generate, sample, padding)
@@ -142,7 +151,7 @@ class Recording:
             raise InputError(f"{store.path} is open for reading only", fix="open it with Store(path)")
         check_room(store)
         self.model, self.corpus, self.store, self.name, self.seed = model, corpus, store, name, seed
-        self.generate = generate
+        self.generate, self.planned, self._bytes_before = generate, planned, 0
         self.side: Side = "left" if padding == "left" or (generate and padding is None) else "right"
         read = tuple(dict.fromkeys(read_site(site, model.anatomy) for site in sites))
         self.entries, self.left_out = chosen_probes(model, probes, read)
@@ -184,6 +193,8 @@ class Recording:
     def _go_on_from(self, before: Stopped) -> None:
         self.generated, self.sequences, self._next_token = before.generated, before.sequences, before.tokens
         self.prefilled = before.tokens - before.generated
+        self.planned = before.state.get("planned", self.planned)
+        self._bytes_before = before.state.get("bytes_before", 0)
         for site, problem in before.state.get("problems", {}).items():
             self.context.report(site, problem)
         for probe, entry in zip(self.probes, self.entries, strict=True):
@@ -263,6 +274,8 @@ class Recording:
     def _progress(self, seconds: float) -> dict[str, Any]:
         """What the run needs to go on after its last whole chunk."""
         state = {
+            "planned": self.planned,
+            "bytes_before": self._bytes_before,
             "problems": dict(self.context.problems),
             "probes": {e.name: probe.state() for e, probe in zip(self.entries, self.probes, strict=True)},
         }
@@ -287,6 +300,7 @@ class Recording:
         if self.before is not None:
             reopen(self.store, self.before.run)
             return self.store.run(self.name)
+        self._bytes_before = bytes_before(self.store)
         run = self.store.begin_run(
             name=self.name,
             model=self.model.name,
@@ -339,3 +353,4 @@ class Recording:
         }
         failed = failure is not None and not isinstance(failure, KeyboardInterrupt)
         end_run(self.store, run, expectations, summary, failed=failed)
+        note_costs(self.store, run.run_id, planned=self.planned, seconds=seconds, before=self._bytes_before)

@@ -13,6 +13,7 @@ from moescope.cli.doctor import doctor
 from moescope.cli.export import export
 from moescope.cli.import_ import import_
 from moescope.cli.merge import merge
+from moescope.cli.plan import plan
 from moescope.cli.profile import profile
 from moescope.cli.runs import group as runs
 from moescope.core.errors import MoescopeError
@@ -26,6 +27,7 @@ app = typer.Typer(
     rich_markup_mode="rich",
     help="See, and change, what happens inside mixture-of-experts language models while they run.",
 )
+app.command()(plan)
 app.command()(profile)
 app.command("import")(import_)
 app.command()(export)

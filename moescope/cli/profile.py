@@ -11,8 +11,11 @@ from moescope.cli.output import as_json, facts, news
 from moescope.core.errors import InputError
 
 if TYPE_CHECKING:
+    from moescope.probes.corpus import Corpus
+    from moescope.probes.live_model import LiveModel
     from moescope.probes.record import Recording
     from moescope.store.run import Run
+    from moescope.store.store import Store
 
 Model = Annotated[str, typer.Argument(help='"demo", a Hub id, a folder, or a .gguf file.', show_default=False)]
 Data = Annotated[
@@ -25,6 +28,13 @@ Data = Annotated[
 StorePath = Annotated[Path, typer.Option(help="DuckDB file to record into; made where it is not there.")]
 Name = Annotated[
     str | None, typer.Option(help="Name of the run.  [default: the model's, numbered]", show_default=False)
+]
+Budget = Annotated[
+    str | None,
+    typer.Option(
+        help="Bytes on disk that the run may take: 500MB, 2GB, 1.5GiB, …; what does not fit is left out.",
+        show_default=False,
+    ),
 ]
 Report = Annotated[Path | None, typer.Option(help="Also write an HTML report here.", show_default=False)]
 Probe = Annotated[
@@ -90,6 +100,7 @@ def profile(
     site: Sites = None,
     sample: Sample = 1.0,
     generate: Generate = 0,
+    budget: Budget = None,
     batch_size: BatchSize = 8,
     max_length: MaxLength = 512,
     padding: Padding = None,
@@ -117,20 +128,22 @@ def profile(
     from moescope.probes.choices import check_sizes, chosen_probes, longest
     from moescope.probes.corpus import Corpus
     from moescope.probes.loading import load
-    from moescope.probes.record import Recording
+    from moescope.probes.plan_budget import read_bytes
     from moescope.store.store import Store
 
     _check_report(report)
     check_sizes(batch_size, max_length, generate, sample, padding)
+    budget = None if budget is None else str(read_bytes(budget))
     if time_plain and generate:
         raise InputError(
             "--time-plain compares passes over texts, and a continued text takes many more",
             fix="leave out --time-plain or --generate",
         )
     shared_out = workers > 1 or ray_address is not None
-    if shared_out and (resume or time_plain):
+    if shared_out and (resume or time_plain or budget):
+        alone = "resume" if resume else "time-plain" if time_plain else "budget"
         raise InputError(
-            f"--{'resume' if resume else 'time-plain'} is for one recording, and --workers makes many small ones",
+            f"--{alone} is for one recording, and --workers makes many small ones",
             fix="leave out one of them",
         )
     corpus = Corpus.load(data or "demo", text_field=text_field, label_field=label_field, skip_bad_lines=skip_bad_lines)
@@ -197,11 +210,36 @@ def profile(
         as_json(plan) if json else facts(plan)
         return
     with Store(store) as opened:
-        recording = Recording(live, corpus, opened, resume=resume, **options)
+        recording = _recording(live, corpus, opened, options, budget=budget, resume=resume, progress=not json)
         before = _plain_seconds(recording) if time_plain else 0.0
         run = recording.run(progress=not json)
         after = _plain_seconds(recording) if time_plain else 0.0
         _tell(run, store, report, (before + after) / 2 if time_plain else None, json=json)
+
+
+def _recording(
+    live: LiveModel,
+    corpus: Corpus,
+    store: Store,
+    options: dict[str, Any],
+    *,
+    budget: str | None,
+    resume: bool,
+    progress: bool,
+) -> Recording:
+    """The recording, within its budget where there is one."""
+    from moescope.probes.record import Recording
+
+    planned = None
+    if budget is not None:
+        from moescope.probes.budgeted import budgeted
+
+        name, asked = options["name"], {key: value for key, value in options.items() if key != "name"}
+        kept, planned = budgeted(
+            live, corpus, store, name=name, budget=budget, resume=resume, progress=progress, asked=asked
+        )
+        options = {**options, **kept}
+    return Recording(live, corpus, store, resume=resume, planned=planned, **options)
 
 
 def _tell(run: Run, store: Path, report: Path | None, plain_seconds: float | None, *, json: bool) -> None:
@@ -242,6 +280,10 @@ def _summary(run: Run, plain_seconds: float | None) -> dict[str, Any]:
         shown["near ties"] = (
             f"{summary['near_ties']:,} decisions by a margin under 1e-4, which another batch size may take differently"
         )
+    if planned := summary.get("planned"):
+        actual = summary["actual"]
+        shown["disk"] = f"{actual['bytes']:,} bytes; planned {planned['bytes']:,}"
+        shown["time"] = f"{actual['seconds']:.1f} s; planned {planned['seconds']:.1f} s"
     shown |= {f"without {name}": reason for name, reason in (summary.get("left_out") or {}).items()}
     if plain_seconds is not None:
         plain = summary["tokens"] / plain_seconds
