@@ -107,8 +107,8 @@ def test_module_imports_only_what_its_folder_may(name: str) -> None:
 @pytest.mark.parametrize(
     ("text", "found"),
     [
-        ("import moescope.routing.load", {"moescope.routing.load"}),
-        ("def f():\n    from moescope.routing import load", {"moescope.routing", "moescope.routing.load"}),
+        ("import moescope.routing.passages", {"moescope.routing.passages"}),
+        ("def f():\n    from moescope.routing import passages", {"moescope.routing", "moescope.routing.passages"}),
         ("from . import grid", {"moescope.routing", "moescope.routing.grid"}),
         ("from ..store.run import Run", {"moescope.store.run"}),
         ("if TYPE_CHECKING:\n    import torch", {"torch"}),
@@ -239,7 +239,7 @@ def test_misspelt_name_is_an_attribute_error_that_names_what_exists(name: str) -
 
 _ORDERS = [
     "ms.analyze; ms.analyses; ms.record; ms.load",
-    "import moescope.routing.load, moescope.probes.record, moescope.probes.loading, moescope.report.write, moescope.cli.app, "
+    "import moescope.routing.passages, moescope.probes.record, moescope.probes.loading, moescope.report.write, moescope.cli.app, "
     "moescope.store.run, moescope.core.analysis; ms.analyses",
     "from moescope import *; ms.analyses(); ms.load",
 ]

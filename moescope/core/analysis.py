@@ -14,7 +14,22 @@ from moescope.core.errors import IncompleteError, InputError
 from moescope.core.registry import Registry
 from moescope.core.result import Result
 
-Section = Literal["overview", "predictions", "routing", "experts", "residual", "comparison"]
+Section = Literal[
+    "overview",
+    "predictions",
+    "routing",
+    "consistency",
+    "caching",
+    "experts",
+    "specialization",
+    "pathways",
+    "serving",
+    "counterfactuals",
+    "importance",
+    "neurons",
+    "residual",
+    "comparison",
+]
 
 
 class AnalysableRun(Protocol):

@@ -1,0 +1,1 @@
+"""How evenly routers share the work, and how sure they are."""

@@ -1,0 +1,1 @@
+"""Caches of experts replayed over recorded decisions."""

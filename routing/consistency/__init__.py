@@ -1,0 +1,1 @@
+"""How routing holds on from token to token."""

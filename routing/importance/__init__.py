@@ -1,0 +1,1 @@
+"""Which experts matter, by records alone."""

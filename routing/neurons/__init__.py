@@ -1,0 +1,1 @@
+"""Activity of neurons, in dense MLPs and inside experts."""

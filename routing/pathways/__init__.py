@@ -1,0 +1,1 @@
+"""Routing across layers: transitions, paths, and what predicts the next decision."""

@@ -1,0 +1,1 @@
+"""Capacity, stragglers and placement of experts on devices."""

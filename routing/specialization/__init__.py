@@ -1,0 +1,1 @@
+"""What experts prefer: labels, tokens, positions, each other."""
