@@ -44,6 +44,10 @@ class Router:
         layer, block: where it is.
         weights: [token, k]; 1 ÷ k each where not given.
         entropy: [token], NaN for none recorded.
+        margin: [token]; 0.5 where not given.
+        logits: [token, n_experts + n_null] for `router_logits`; no rows where not given.
+        norms: [token, k] for `expert_outputs`; no rows where not given.
+        rule: `layers.routing_rule`.
     """
 
     experts: NDArray[np.integer[Any]]
@@ -53,6 +57,10 @@ class Router:
     n_null: int = 0
     weights: NDArray[np.floating[Any]] | None = None
     entropy: NDArray[np.floating[Any]] | None = None
+    margin: NDArray[np.floating[Any]] | None = None
+    logits: NDArray[np.floating[Any]] | None = None
+    norms: NDArray[np.floating[Any]] | None = None
+    rule: Mapping[str, Any] | None = None
 
     @property
     def top_k(self) -> int:
@@ -86,6 +94,9 @@ class Plan:
         documents, labels: of each sequence; every sequence its own document and no label where not given.
         nll: [token], NaN for none; 1 nat where not given. First tokens of sequences never have one.
         ids: [token] token ids; 0, 1, 2, … modulo 50 where not given.
+        predicted: [token] most likely next ids; 0 where not given.
+        classes: [token] token classes; "word" where not given.
+        decode: [token] whether it was generated; none where not given.
         vocabulary: token id → bytes.
         routers: decisions; streams: layer → residual stream; experts: rows of the table `experts`.
     """
@@ -95,6 +106,9 @@ class Plan:
     labels: Sequence[str | None] | None = None
     nll: NDArray[np.floating[Any]] | None = None
     ids: Sequence[int] | None = None
+    predicted: Sequence[int] | None = None
+    classes: Sequence[str] | None = None
+    decode: Sequence[bool] | None = None
     vocabulary: Mapping[int, bytes] = field(default_factory=dict)
     routers: Sequence[Router] = ()
     streams: Mapping[int, Stream] = field(default_factory=dict)
@@ -134,7 +148,9 @@ def plant(
     insert(run, "vocabulary", [_piece(token_id, raw) for token_id, raw in plan.vocabulary.items()])
     for router in plan.routers:
         insert(run, "routing", _routing(router))
-        insert(run, "loads", loads(router, [labels[s] for s in plan.sequence]))
+        insert(run, "loads", loads(router, [labels[s] for s in plan.sequence], plan.decode))
+        insert(run, "router_logits", _vectors(router, "logits", router.logits))
+        insert(run, "expert_outputs", _vectors(router, "norms", router.norms))
     for layer, stream in plan.streams.items():
         insert(run, "residual", _residual(layer, stream))
         if stream.median is not None:
@@ -165,25 +181,28 @@ def insert(run: Run, table: str, rows: Iterable[Mapping[str, Any]]) -> None:
     cursor.unregister("planted_rows")
 
 
-def loads(router: Router, labels: Sequence[str | None]) -> list[dict[str, Any]]:
+def loads(router: Router, labels: Sequence[str | None], decode: Sequence[bool] | None = None) -> list[dict[str, Any]]:
     """Rows of `loads`, counted decision by decision."""
-    tokens: Counter[tuple[str | None, int]] = Counter()
-    weight: Counter[tuple[str | None, int]] = Counter()
-    for label, chosen, weights in zip(labels, router.experts.tolist(), router.given.tolist(), strict=True):
+    tokens: Counter[tuple[str | None, str, int]] = Counter()
+    weight: Counter[tuple[str | None, str, int]] = Counter()
+    phases = ["decode" if generated else "prefill" for generated in decode or [False] * len(labels)]
+    for label, phase, chosen, weights in zip(
+        labels, phases, router.experts.tolist(), router.given.tolist(), strict=True
+    ):
         for expert, value in zip(chosen, weights, strict=True):
-            tokens[label, expert] += 1
-            weight[label, expert] += value
+            tokens[label, phase, expert] += 1
+            weight[label, phase, expert] += value
     return [
         {
             "layer": router.layer,
             "block": router.block,
             "label": label,
-            "phase": "prefill",
+            "phase": phase,
             "expert": expert,
-            "tokens": tokens[label, expert],
-            "weight_sum": float(weight[label, expert]),
+            "tokens": tokens[label, phase, expert],
+            "weight_sum": float(weight[label, phase, expert]),
         }
-        for label in dict.fromkeys(labels)
+        for label, phase in dict.fromkeys(zip(labels, phases, strict=True))
         for expert in range(router.n_experts + router.n_null)
     ]
 
@@ -202,6 +221,7 @@ def _layers(plan: Plan) -> list[dict[str, Any]]:
             "n_shared": 0,
             "n_null": r.n_null,
             "d_expert": 8,
+            "routing_rule": None if r.rule is None else json.dumps(r.rule),
         }
         for r in plan.routers
     ]
@@ -230,17 +250,20 @@ def _sequences(plan: Plan, documents: list[int], labels: Sequence[str | None]) -
 def _tokens(plan: Plan) -> list[dict[str, Any]]:
     nll = np.ones(plan.tokens) if plan.nll is None else plan.nll
     ids = [token % 50 for token in range(plan.tokens)] if plan.ids is None else plan.ids
+    predicted = plan.predicted or [0] * plan.tokens
+    classes = plan.classes or ["word"] * plan.tokens
+    decode = plan.decode or [False] * plan.tokens
     return [
         {
             "token": token,
             "sequence_id": sequence,
             "position": position,
-            "token_id": ids[token],
-            "phase": "prefill",
+            "token_id": int(ids[token]),
+            "phase": "decode" if decode[token] else "prefill",
             "nll": None if position == 0 or np.isnan(nll[token]) else float(nll[token]),
-            "predicted_id": 0,
+            "predicted_id": int(predicted[token]),
             "is_special": False,
-            "class": "word",
+            "class": classes[token],
         }
         for token, (sequence, position) in enumerate(zip(plan.sequence, plan.position, strict=True))
     ]
@@ -252,6 +275,7 @@ def _piece(token_id: int, raw: bytes) -> dict[str, Any]:
 
 def _routing(router: Router) -> list[dict[str, Any]]:
     entropy = np.full(len(router.experts), np.nan) if router.entropy is None else router.entropy
+    margin = np.full(len(router.experts), 0.5) if router.margin is None else router.margin
     return [
         {
             "token": token,
@@ -259,10 +283,17 @@ def _routing(router: Router) -> list[dict[str, Any]]:
             "block": router.block,
             "experts": chosen,
             "weights": weights,
-            "margin": 0.5,
+            "margin": float(margin[token]),
             "entropy": None if np.isnan(entropy[token]) else float(entropy[token]),
         }
         for token, (chosen, weights) in enumerate(zip(router.experts.tolist(), router.given.tolist(), strict=True))
+    ]
+
+
+def _vectors(router: Router, column: str, values: NDArray[np.floating[Any]] | None) -> list[dict[str, Any]]:
+    rows = [] if values is None else values.tolist()
+    return [
+        {"token": token, "layer": router.layer, "block": router.block, column: row} for token, row in enumerate(rows)
     ]
 
 

@@ -37,7 +37,10 @@ def _fields(planted: ModuleType, *, layers: int, n_experts: int, labels: list[st
         first = (np.arange(total) * (layer + 1)) % n_experts
         chosen = np.stack([(first + slot) % n_experts for slot in range(top_k)], 1)
         entropy = generator.uniform(0, math.log(max(n_experts, 2)), total)
-        routers.append(planted.Router(chosen, n_experts, layer=layer, entropy=entropy))
+        logits = generator.normal(size=(total, n_experts))
+        np.put_along_axis(logits, chosen, np.sort(generator.uniform(5, 9, chosen.shape), axis=1)[:, ::-1], axis=1)
+        norms = generator.uniform(1, 3, chosen.shape)
+        routers.append(planted.Router(chosen, n_experts, layer=layer, entropy=entropy, logits=logits, norms=norms))
         norm = generator.uniform(1, 10, total)
         streams[layer] = planted.Stream(norm, median=np.full(len(lengths), 0.5))
         experts += [
