@@ -8,9 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moescope.core.atomic import written_whole
 from moescope.core.errors import InputError
-from moescope.core.json_data import to_json
 from moescope.core.text import escaped
 
 if TYPE_CHECKING:
@@ -136,26 +134,25 @@ class Result:
         return facts | {label: text for label, text in optional.items() if text}
 
     def save(self, path: str | Path) -> Path:
-        """Write the result to `path`, in the format of its ending: .html, .csv, .parquet or .json.
+        """Write the result to `path`, in the format of its ending.
 
-        The file appears whole or not at all. Raises `InputError` for another ending or a folder that is not there.
+        The file appears whole or not at all.
+
+        Args:
+            path: ending in .html (figure, table, definition, query), .png or .svg (the figure), .csv or .parquet (the table),
+                .json (everything but the figure).
+
+        Raises:
+            InputError: another ending, a folder that is not there, a figure where there is none, or an image where no
+                browser can draw it.
         """
-        target = Path(path)
-        writers = {
-            ".html": self._write_html,
-            ".csv": self._write_csv,
-            ".parquet": self._write_parquet,
-            ".json": self._write_json,
-        }
-        if target.suffix not in writers:
-            raise InputError(
-                f"a result cannot be saved as {target.suffix or 'a file without an ending'}",
-                expected=f"a path ending in {', '.join(writers)}",
-                found=str(target),
-            )
-        with written_whole(target) as partial:
-            writers[target.suffix](partial)
-        return target
+        from moescope.core.result_files import save
+
+        return save(self, Path(path))
+
+    def arrow(self) -> pa.Table:
+        """The table as a PyArrow table."""
+        return self.table
 
     def as_json(self) -> dict[str, Any]:
         """Everything but the figure, as plain JSON data."""
@@ -178,23 +175,6 @@ class Result:
             "incomplete": self.incomplete,
             "table": self.table.to_pylist(),
         }
-
-    def _write_json(self, path: Path) -> None:
-        path.write_text(to_json(self.as_json(), indent=1), encoding="utf-8")
-
-    def _write_csv(self, path: Path) -> None:
-        self.df().to_csv(path, index=False)
-
-    def _write_parquet(self, path: Path) -> None:
-        import pyarrow.parquet as pq
-
-        facts = {key.encode(): text.encode() for key, text in self.facts().items()}
-        pq.write_table(self.table.replace_schema_metadata(facts), path)
-
-    def _write_html(self, path: Path) -> None:
-        from moescope.core.html import page, result_section
-
-        path.write_text(page(self.title, [result_section(self)]), encoding="utf-8")
 
     def _repr_html_(self) -> str:
         head = self.df().head(12).to_html(index=False, border=0, float_format=lambda x: f"{x:.4g}", escape=True)

@@ -6,6 +6,8 @@ import csv
 import dataclasses
 import json
 import math
+import shutil
+import struct
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -140,15 +142,42 @@ def test_html_fetches_nothing(tmp_path: Path) -> None:
 def test_unknown_ending_is_refused_with_the_known_ones(tmp_path: Path, ending: str) -> None:
     with pytest.raises(InputError) as refused:
         _result().save(tmp_path / f"x{ending}")
-    for known in (".html", ".csv", ".parquet", ".json"):
+    for known in (".html", ".png", ".svg", ".csv", ".parquet", ".json"):
         assert known in str(refused.value)
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("ending", [".html", ".csv", ".parquet", ".json"])
+@pytest.mark.parametrize("ending", [".html", ".png", ".csv", ".parquet", ".json"])
 def test_missing_folder_is_refused(tmp_path: Path, ending: str) -> None:
     with pytest.raises(InputError, match="no such folder"):
         _result().save(tmp_path / "no" / f"x{ending}")
+
+
+@pytest.mark.skipif(not shutil.which("chromium"), reason="no Chromium to draw with")
+def test_images_are_drawn(tmp_path: Path) -> None:
+    png = _result().save(tmp_path / "x.png").read_bytes()
+    assert png.startswith(b"\x89PNG")
+    width, height = struct.unpack(">II", png[16:24])
+    assert (width, height) > (1000, 500)
+    svg = _result().save(tmp_path / "x.svg").read_text()
+    assert "<svg" in svg
+    assert "One expert takes half" in svg
+
+
+def test_images_need_a_figure_and_a_browser(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(InputError, match="no figure"):
+        _result(draw=None).save(tmp_path / "x.png")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setenv("BROWSER_PATH", str(tmp_path / "no browser"))
+    with pytest.raises(InputError, match=r"save as \.html"):
+        _result().save(tmp_path / "x.png")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_table_comes_out_for_every_library() -> None:
+    result = _result()
+    assert result.arrow() is result.table
+    assert result.df()["layer"].tolist() == result.polars()["layer"].to_list() == [0, 1, 2]
 
 
 def _failing(_: Result) -> go.Figure:
