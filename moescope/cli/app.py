@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from moescope.cli.analyze import analyze
 from moescope.cli.dashboard import dashboard
 from moescope.cli.doctor import doctor
 from moescope.cli.export import export
@@ -29,6 +30,7 @@ app = typer.Typer(
 )
 app.command()(plan)
 app.command()(profile)
+app.command()(analyze)
 app.command("import")(import_)
 app.command()(export)
 app.command()(merge)

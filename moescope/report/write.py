@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, get_args
+from typing import TYPE_CHECKING, Literal, get_args
 
 from moescope.core.analysis import Section, analyses
 from moescope.core.atomic import written_whole
@@ -33,15 +34,28 @@ _TITLES = {
 }
 
 
-def write_report(run: Run, path: str | Path) -> Path:
+# Sections that are not about routing; the others are what `analyze --all` reports.
+_BESIDE_ROUTING = ("overview", "predictions", "residual")
+
+
+def write_report(
+    runs: Run | Sequence[Run],
+    path: str | Path,
+    *,
+    part: Literal["all", "routing"] = "all",
+    tell: Callable[[str], None] | None = None,
+) -> Path:
     """Write everything known about a run to one HTML file.
 
     First what was run and the coverage ledger, then every analysis that a report shows and that the run has the records for;
     at the end those it does not, with the reason. Figures are drawn by the results themselves.
 
     Args:
-        run: the run; an incomplete one is reported too, and marked on every figure.
+        runs: the run, or two runs to compare, the first being the one the other is held against; an incomplete one is
+            reported too, and marked on every figure.
         path: where to write; ends in .html.
+        part: "routing" leaves out what is not about routing.
+        tell: called with the name of each analysis before it is computed.
 
     Raises:
         InputError: another ending, or a folder that is not there.
@@ -55,30 +69,41 @@ def write_report(run: Run, path: str | Path) -> Path:
         ...     ms.write_report(run, folder / "report.html").name
         'report.html'
     """
+    chosen = list(runs) if isinstance(runs, Sequence) else [runs]
     target = Path(path)
     if target.suffix != ".html":
         raise InputError("a report is an HTML file", expected="a path ending in .html", found=str(target))
-    results, left_out = _results(run)
-    sections = [_header(run), _findings(results), "<h1>Coverage</h1>", result_section(run.coverage)]
-    for section in get_args(Section):
-        if members := [r for s, r in results if s == section]:
-            sections.append(f"<h1>{_TITLES[section]}</h1>")
-            sections += [result_section(result) for result in members]
-    sections.append(_left_out(left_out))
     with written_whole(target) as partial:
-        partial.write_text(page(f"moescope: {run.name}", sections), encoding="utf-8")
+        results, left_out = _results(chosen, part, tell or (lambda _: None))
+        parts = [*map(_header, chosen), _findings(results)]
+        for run in chosen:
+            parts += [
+                f"<h1>Coverage{f' of {escaped(run.name)}' * (len(chosen) > 1)}</h1>",
+                result_section(run.coverage),
+            ]
+        for section in get_args(Section):
+            if members := [r for s, r in results if s == section]:
+                parts.append(f"<h1>{_TITLES[section]}</h1>")
+                parts += [result_section(result) for result in members]
+        parts.append(_left_out(left_out))
+        partial.write_text(page(f"moescope: {', '.join(run.name for run in chosen)}", parts), encoding="utf-8")
     return target
 
 
-def _results(run: Run) -> tuple[list[tuple[Section, Result]], list[tuple[str, str]]]:
+def _results(
+    runs: Sequence[Run], part: str, tell: Callable[[str], None]
+) -> tuple[list[tuple[Section, Result]], list[tuple[str, str]]]:
     """Results for the report, each with its section, and what was left out, with the reason."""
     results: list[tuple[Section, Result]] = []
     left_out: list[tuple[str, str]] = []
-    for analysis in sorted(analyses, key=lambda a: a.order):
-        if analysis.section is None or analysis.runs != 1:
+    for analysis in sorted(analyses, key=lambda a: (a.order, a.name)):
+        if analysis.section is None or analysis.runs != len(runs):
             continue
+        if part == "routing" and analysis.section in _BESIDE_ROUTING:
+            continue
+        tell(analysis.name)
         try:
-            results.append((analysis.section, analysis([run], {}, allow_incomplete=True)))
+            results.append((analysis.section, analysis(runs, {}, allow_incomplete=True)))
         except InputError as reason:
             left_out.append((analysis.name, str(reason)))
     return results, left_out
