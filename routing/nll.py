@@ -7,10 +7,10 @@ import plotly.graph_objects as go
 import pyarrow as pa
 
 from moescope.core.analysis import Count, Natural, analysis
-from moescope.core.errors import InputError
 from moescope.core.figures import CHANCE, SERIES, plain
 from moescope.core.result import Result
 from moescope.core.statistics import bootstrap_ratio
+from moescope.routing.predictions import require_predictions
 from moescope.store.run import Run
 
 _SQL = """
@@ -39,11 +39,8 @@ def nll(run: Run, *, draws: Count = 1000, seed: Natural = 0) -> Result:
         draws: bootstrap resamples of documents.
         seed: of the resampling.
     """
+    require_predictions(run)
     frame = run.sql(_SQL).df()
-    if frame.empty:
-        raise InputError(
-            f"run {run.name!r} has no predicted tokens", found="only sequences of one token", fix="record longer texts"
-        )
     groups = [("all", frame), *((label, part) for label, part in frame.groupby("label", sort=True))]
     rows = []
     for label, part in groups:

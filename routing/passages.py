@@ -12,6 +12,7 @@ from moescope.core.errors import InputError
 from moescope.core.result import Result
 from moescope.routing.context import joined, pieces
 from moescope.routing.grid import layer_name
+from moescope.routing.predictions import require_predictions
 from moescope.store.run import Run
 
 _SQL = """
@@ -65,6 +66,7 @@ def passages(run: Run, *, length: Count = 32, top: Count = 6) -> Result:
         length: tokens of a passage.
         top: passages at each end.
     """
+    require_predictions(run)
     frame = run.sql(_SQL, {"length": length, "top": top}).df()
     if frame.empty:
         raise InputError(f"run {run.name!r} has no passage of {length} tokens", fix="choose a smaller length")

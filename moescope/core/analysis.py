@@ -159,7 +159,8 @@ class Analysis:
             raise InputError(
                 f"{self.name} needs records that run {run.name!r} does not have",
                 expected=f"rows in {', '.join(missing)}",
-                fix=f"record with the probe{'s' * (len(missing) > 1)} that write them (on a model that has them): "
+                fix=f"record with the probe{'s' * (len(missing) > 1)} that write{'s' * (len(missing) == 1)} "
+                f"{'it' if len(missing) == 1 else 'them'} (on a model that has them): "
                 f"{', '.join(sorted({PROBE_OF_TABLE.get(t, t) for t in missing}))}",
             )
         if not run.complete and not allow_incomplete:
