@@ -14,6 +14,9 @@ from moescope.core.errors import MoescopeError
 
 _TEXTS = ["The quick brown fox jumps over the lazy dog.", "def add(a, b):\n    return a + b\n"]
 
+# The whole table needs a wide terminal; in a narrow one these of its columns are readable.
+_WIDE, _NARROW = 150, (0, 1, 2, 5)
+
 
 def doctor(
     model: Annotated[str, typer.Argument(help='Model to check: "demo", a Hub id, a folder or a .gguf file.')] = "demo",
@@ -70,7 +73,10 @@ def _families(*, json: bool, markdown: bool) -> None:
     elif markdown:
         typer.echo(as_markdown(found), nl=False)
     else:
-        table(list(COLUMNS), [list(vars(s).values()) for s in found])
+        shown = range(len(COLUMNS)) if Console().width >= _WIDE else _NARROW
+        table([COLUMNS[i] for i in shown], [[list(vars(s).values())[i] for i in shown] for s in found])
+        if len(shown) < len(COLUMNS):
+            console.print("a wider terminal, --markdown or --json also show decisions, routing rules and notes")
         full = sum(s.recorded == "complete" for s in found)
         console.print(f"{full} of {len(found)} model types with experts are recorded completely")
     if any(s.recorded != "complete" for s in found):
