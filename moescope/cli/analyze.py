@@ -36,7 +36,7 @@ def analyze(
     param: Annotated[
         list[str] | None, typer.Option(help="Parameter of the analysis, name=value, repeatable.", show_default=False)
     ] = None,
-    format: Annotated[str, typer.Option(help="On stdout: table, csv or json.")] = "table",  # noqa: A002  the flag's name
+    format: Annotated[str, typer.Option(help="On stdout: table, csv or json; for --list also markdown.")] = "table",  # noqa: A002  the flag's name
     rows: Annotated[int, typer.Option(min=0, help="Rows of a table to print; csv and json have all.")] = 20,
     output: Annotated[
         Path | None,
@@ -61,10 +61,11 @@ def analyze(
     Example: moescope analyze runs.duckdb --all --output routing.html
     """
     chosen_format = "json" if json else format
-    if chosen_format not in _FORMATS:
-        raise InputError(f"there is no format {chosen_format!r}", expected=", ".join(_FORMATS))
+    known = ("table", "json", "markdown") if list_ else _FORMATS
+    if chosen_format not in known:
+        raise InputError(f"there is no format {chosen_format!r}", expected=", ".join(known))
     if list_:
-        _list(json=chosen_format == "json")
+        _list(chosen_format)
         return
     if store is None:
         raise InputError("no store is named", fix="moescope analyze runs.duckdb --analysis load, or --list")
@@ -152,11 +153,15 @@ def _report(runs: Sequence[Run], output: Path, *, allow_incomplete: bool, json: 
     as_json(summary) if json else facts(summary)
 
 
-def _list(*, json: bool) -> None:
+def _list(format: str) -> None:  # noqa: A002  the flag's name
+    from moescope.analysis_page import analyses_page
     from moescope.core.analysis import analyses
 
-    if json:
+    if format == "json":
         as_json([_listed(entry) for entry in analyses])
+        return
+    if format == "markdown":
+        typer.echo(analyses_page(), nl=False)
         return
     for entry in analyses:
         listed = _listed(entry)

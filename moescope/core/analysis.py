@@ -18,6 +18,7 @@ Section = Literal[
     "overview",
     "predictions",
     "routing",
+    "balance",
     "consistency",
     "caching",
     "experts",
@@ -28,8 +29,27 @@ Section = Literal[
     "importance",
     "neurons",
     "residual",
+    "phenomena",
     "comparison",
 ]
+SECTION_TITLES: dict[Section, str] = {
+    "overview": "Overview",
+    "predictions": "Predictions",
+    "routing": "Routing",
+    "balance": "Balance and certainty of routers",
+    "consistency": "Consistency of routing",
+    "caching": "Expert caches",
+    "experts": "Experts",
+    "specialization": "Specialization",
+    "pathways": "Pathways",
+    "serving": "Serving",
+    "counterfactuals": "Other routers on the same logits",
+    "importance": "Importance of experts",
+    "neurons": "Neurons",
+    "residual": "Residual stream",
+    "phenomena": "Phenomena",
+    "comparison": "Comparison of runs",
+}
 
 
 class AnalysableRun(Protocol):

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, get_args
 
-from moescope.core.analysis import Section, analyses
+from moescope.core.analysis import SECTION_TITLES, Section, analyses
 from moescope.core.atomic import written_whole
 from moescope.core.errors import InputError
 from moescope.core.html import cell, page, result_section
@@ -16,26 +16,9 @@ from moescope.core.text import escaped
 if TYPE_CHECKING:
     from moescope.store.run import Run
 
-_TITLES = {
-    "overview": "Overview",
-    "predictions": "Predictions",
-    "routing": "Routing",
-    "consistency": "Consistency of routing",
-    "caching": "Expert caches",
-    "experts": "Experts",
-    "specialization": "Specialization",
-    "pathways": "Pathways",
-    "serving": "Serving",
-    "counterfactuals": "Other routers on the same logits",
-    "importance": "Importance of experts",
-    "neurons": "Neurons",
-    "residual": "Residual stream",
-    "comparison": "Comparison",
-}
-
 
 # Sections that are not about routing; the others are what `analyze --all` reports.
-_BESIDE_ROUTING = ("overview", "predictions", "residual")
+_BESIDE_ROUTING = ("overview", "predictions", "residual", "phenomena")
 
 
 def write_report(
@@ -83,7 +66,7 @@ def write_report(
             ]
         for section in get_args(Section):
             if members := [r for s, r in results if s == section]:
-                parts.append(f"<h1>{_TITLES[section]}</h1>")
+                parts.append(f"<h1>{SECTION_TITLES[section]}</h1>")
                 parts += [result_section(result) for result in members]
         parts.append(_left_out(left_out))
         partial.write_text(page(f"moescope: {', '.join(run.name for run in chosen)}", parts), encoding="utf-8")
