@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import pyarrow as pa
@@ -15,6 +16,7 @@ from numpy.typing import NDArray
 from moescope.core.errors import InputError
 from moescope.routing.grid import layer_name
 from moescope.store.run import Run
+from moescope.store.store import Store
 
 Ints = NDArray[np.integer[Any]]
 Floats = NDArray[np.floating[Any]]
@@ -52,7 +54,7 @@ _WEIGHTS = """
 _ANY_WEIGHT = "SELECT 1 FROM routing WHERE run_id = $run AND weights IS NOT NULL LIMIT 1"
 # Traces of the runs looked at last, so that ten questions to one run read its decisions once.
 _KEPT = 2
-_kept: OrderedDict[tuple[str, str, str], Trace] = OrderedDict()
+_kept: WeakKeyDictionary[Store, OrderedDict[tuple[str, str], dict[str, Any]]] = WeakKeyDictionary()
 _lock = threading.Lock()
 
 
@@ -192,16 +194,20 @@ def read_trace(run: Run) -> Trace:
         ...     read_trace(run).routers[0].experts.shape
         (7, 2)
     """
-    key = (str(run.store.path), run.run_id, run.status)
+    key = (run.run_id, run.status)
     with _lock:
-        if (found := _kept.get(key)) is not None and found.run.store is run.store:
-            _kept.move_to_end(key)
-            return found
+        kept = _kept.setdefault(run.store, OrderedDict())
+        if key in kept:
+            kept.move_to_end(key)
+            return Trace(run=run, **kept[key])
     trace = _read(run)
+    if run.status == "running":
+        return trace
     with _lock:
-        _kept[key] = trace
-        while len(_kept) > _KEPT:
-            _kept.popitem(last=False)
+        # Without the run, which holds the store: what is kept of a store goes when the store goes.
+        kept[key] = {field.name: getattr(trace, field.name) for field in fields(trace) if field.name != "run"}
+        while len(kept) > _KEPT:
+            kept.popitem(last=False)
     return trace
 
 
@@ -263,7 +269,9 @@ def _decisions(run: Run, layer: int, block: str, n_experts: int, n_null: int, to
     whole = np.asarray(listed.value_lengths().fill_null(0)) == top_k
     experts = np.asarray(listed.filter(pa.array(whole)).flatten(), dtype=np.uint16).reshape(-1, top_k)
     total = n_experts + n_null
+    token = token[whole]
     real = (experts < total).all(axis=1)
+    real[1:] &= token[1:] != token[:-1]  # a decision written twice makes the run incomplete; it is still one decision
     if not real.all():
         experts = experts[real]
-    return Router(layer, block, total, n_null, np.ascontiguousarray(experts)), token[whole][real]
+    return Router(layer, block, total, n_null, np.ascontiguousarray(experts)), token[real]
