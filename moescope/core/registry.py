@@ -19,7 +19,8 @@ class Registry(Generic[T]):
     Args:
         kind: what an item is called in messages, singular ("analysis").
         packages: packages whose modules register items when imported. Each is walked by itself, because in an
-            editable install the path of `moescope` does not show the folders mapped into it.
+            editable install the path of `moescope` does not show the folders mapped into it. Compiled kernels, in modules
+            named …_kernel or …_kernels, are left until they are used.
 
     Example:
         >>> colours = Registry[str]("colour")
@@ -73,7 +74,9 @@ class Registry(Generic[T]):
         for package_name in self._packages:
             package = importlib.import_module(package_name)
             for module in pkgutil.walk_packages(package.__path__, prefix=package_name + "."):
-                importlib.import_module(module.name)
+                # Kernels register nothing, and loading their compiler takes time.
+                if not module.name.endswith(("_kernel", "_kernels")):
+                    importlib.import_module(module.name)
         self._discovered = True
 
 
