@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -54,6 +55,8 @@ def _drawn(result: Result, format: str) -> bytes:  # noqa: A002  plotly's own na
         import kaleido.errors
     except ImportError as missing:
         raise InputError("images need kaleido", fix="pip install 'moescope[images]', or save as .html") from missing
+    # The browser's pipe now and then holds a message cut short; it is skipped without harm, but logged with a traceback.
+    logging.getLogger("choreographer").setLevel(logging.CRITICAL)
     try:
         image: bytes = figure.to_image(format=format, width=_WIDTH, scale=_SCALE if format == "png" else 1)
     except (RuntimeError, kaleido.errors.KaleidoError) as failure:

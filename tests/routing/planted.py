@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from moescope.store.run import Run
 from moescope.store.store import Store
+from moescope.store.vector_shards import VectorRows, write_shards
 
 # Everything an outsider may have put into a name, a label or a text.
 HOSTILE = (
@@ -86,6 +87,21 @@ class Stream:
 
 
 @dataclass
+class Vectors:
+    """Vectors kept at a site.
+
+    Attributes:
+        values: [row, component], written as float32.
+        token: [row]; 0, 1, 2, … where not given.
+        expert: [row] id of the expert, for sites inside experts.
+    """
+
+    values: NDArray[np.floating[Any]]
+    token: NDArray[np.integer[Any]] | None = None
+    expert: NDArray[np.integer[Any]] | None = None
+
+
+@dataclass
 class Plan:
     """What to plant.
 
@@ -99,6 +115,7 @@ class Plan:
         decode: [token] whether it was generated; none where not given.
         vocabulary: token id → bytes.
         routers: decisions; streams: layer → residual stream; experts: rows of the table `experts`.
+        vectors: site → vectors kept beside the store.
     """
 
     lengths: Sequence[int]
@@ -113,6 +130,7 @@ class Plan:
     routers: Sequence[Router] = ()
     streams: Mapping[int, Stream] = field(default_factory=dict)
     experts: Sequence[Mapping[str, Any]] = ()
+    vectors: Mapping[str, Vectors] = field(default_factory=dict)
 
     @property
     def tokens(self) -> int:
@@ -159,6 +177,7 @@ def plant(
             ]
             insert(run, "residual_sequences", rows)
     insert(run, "experts", plan.experts)
+    _keep(run, plan.vectors)
     ledger = {"site": "tokens", "expected": plan.tokens, "recorded": plan.tokens, "status": "complete", "detail": None}
     if status == "incomplete":
         ledger |= {"expected": plan.tokens + 7, "status": "short", "detail": "7 events are missing"}
@@ -295,6 +314,18 @@ def _vectors(router: Router, column: str, values: NDArray[np.floating[Any]] | No
     return [
         {"token": token, "layer": router.layer, "block": router.block, column: row} for token, row in enumerate(rows)
     ]
+
+
+def _keep(run: Run, vectors: Mapping[str, Vectors]) -> None:
+    """Write a shard for each site, and its row of `activations`."""
+    rows = []
+    for site, kept in vectors.items():
+        token = np.arange(len(kept.values)) if kept.token is None else kept.token
+        expert = None if kept.expert is None else kept.expert.astype("<i4")
+        values = kept.values.astype("<f4")
+        rows.append(VectorRows(site, "float32", values, token.astype("<i8"), expert, len(np.unique(token))))
+    catalogue = write_shards(run.store.path, run.run_id, rows, {})
+    insert(run, "activations", [] if catalogue is None else catalogue.to_pylist())
 
 
 def _residual(layer: int, stream: Stream) -> list[dict[str, Any]]:
