@@ -172,7 +172,13 @@ def sized(request: pytest.FixtureRequest, plant: Plant, planted: ModuleType) -> 
 
 @pytest.mark.parametrize("name", SINGLE)
 def test_figure_is_drawn_from_one_expert_to_a_large_model(name: str, sized: Run) -> None:
-    result = analyze(sized, name)
+    try:
+        result = analyze(sized, name)
+    except InputError as refused:
+        # One router with one expert leaves some questions without sense; a model of ordinary size leaves none.
+        assert sized.table("layers").shape[0] == 1
+        assert "What to do" in str(refused)
+        return
     if not result.has_figure:
         with pytest.raises(InputError, match="no figure"):
             result.figure()
@@ -186,9 +192,11 @@ def test_figure_is_drawn_from_one_expert_to_a_large_model(name: str, sized: Run)
 @pytest.fixture(scope="module")
 def hostile(plant: Plant, planted: ModuleType) -> Run:
     labels = [text for text in planted.HOSTILE for _ in range(6)]
-    fields = _fields(planted, layers=1, n_experts=2 * len(planted.HOSTILE), labels=labels, tokens=33)
+    fields = _fields(planted, layers=2, n_experts=2 * len(planted.HOSTILE), labels=labels, tokens=33)
     number = np.repeat(np.arange(len(labels)) // 6, 33)
-    fields["routers"][0].experts = np.stack([2 * number, 2 * number + 1], 1)
+    for router in fields["routers"]:
+        router.experts = np.stack([2 * number, 2 * number + 1], 1)
+        np.put_along_axis(router.logits, router.experts, np.full(router.experts.shape, 9.0), axis=1)
     fields["vocabulary"] = {i: planted.HOSTILE[i % len(planted.HOSTILE)].encode() for i in range(50)}
     return plant(name=planted.HOSTILE[0], **fields)
 
