@@ -12,7 +12,7 @@ import pytest
 
 import moescope
 
-PACKAGES = ("moescope.core", "moescope.store", "moescope.probes", "moescope.report")
+PACKAGES = ("moescope.core", "moescope.store", "moescope.probes", "moescope.routing", "moescope.report")
 ALONE = ("moescope", "moescope.analysis_api")
 LEFT_OUT = "moescope.probes.demo"  # scripts that rebuild the bundled model from Debian packages
 

@@ -11,30 +11,12 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from moescope.core.analysis import Count, Natural, analysis
-from moescope.core.errors import InputError
-from moescope.core.figures import heatmap, plain
 from moescope.core.result import Result
-from moescope.core.statistics import benjamini_hochberg, bootstrap_ratio, permutation_p
+from moescope.core.statistics import benjamini_hochberg, bootstrap_ratio
 from moescope.routing.grid import layer_name
+from moescope.routing.specialization.label_counts import LabelCounts, read_label_counts
+from moescope.routing.specialization.preference_map import preference_map
 from moescope.store.run import Run
-
-_SQL = """
-    SELECT s.document_id, any_value(s.label) AS label, d.layer, d.block, d.expert, count(*) AS tokens
-    FROM (SELECT token, layer, block, unnest(experts) AS expert FROM routing WHERE run_id = $run) d
-    JOIN tokens t ON t.run_id = $run AND t.token = d.token
-    JOIN sequences s ON s.run_id = $run AND s.sequence_id = t.sequence_id
-    WHERE s.label IS NOT NULL
-    GROUP BY s.document_id, d.layer, d.block, d.expert
-"""
-_TOKENS = """
-    SELECT document_id, any_value(label) AS label, sum(n_tokens)::BIGINT AS tokens
-    FROM sequences
-    WHERE run_id = $run AND label IS NOT NULL
-    GROUP BY document_id
-    ORDER BY document_id
-"""
-_SHOWN = 32
-_LIMIT = 16.0
 
 
 @analysis(
@@ -49,56 +31,40 @@ def specialization(run: Run, *, permutations: Count = 200, draws: Count = 1000, 
 
     For every expert and label: the share of the label's tokens that choose the expert (`value`), and `lift`, that share over
     the expert's share of all labelled tokens. The null shuffles labels over documents; p counts shuffles whose lift is at
-    least as large, and q controls the false-discovery rate over all pairs.
+    least as large, and q controls the false-discovery rate over all pairs. How far the labels differ as a whole says
+    `label_divergence`.
+
+    Trap: the released code divides by the label's decisions times k, which is the same number only where every token has k
+    decisions; the share here is of tokens.
 
     Args:
         permutations: shuffles of labels over documents.
         draws: bootstrap resamples of documents.
         seed: of both.
+
+    Example:
+        >>> import tempfile, pathlib
+        >>> import pyarrow as pa
+        >>> import moescope as ms
+        >>> trace = pa.table({"sequence_id": [0, 0, 1, 1], "position": [0, 1, 0, 1], "layer": [0] * 4,
+        ...                   "experts": [[0], [0], [0], [1]], "label": ["a", "a", "b", "b"]})
+        >>> with ms.Store(pathlib.Path(tempfile.mkdtemp()) / "runs.duckdb") as store:
+        ...     run = store.import_trace(trace, name="tiny", n_experts=2)
+        ...     frame = ms.analyze(run, "specialization").df()
+        >>> frame.set_index(["label", "expert"])["value"]["b", 1].item()
+        0.5
     """
-    documents = run.sql(_TOKENS).df()
-    labels = sorted(documents["label"].unique())
-    if len(labels) < 2:
-        raise InputError(
-            f"run {run.name!r} has fewer than two labels",
-            found=f"{len(labels)}",
-            fix='give documents a "label" (--label-field)',
-        )
-    counts, experts = _counts(run, documents)
-    tokens = documents["tokens"].to_numpy().astype(float)
-    member = (documents["label"].to_numpy()[None, :] == np.array(labels)[:, None]).astype(float)
-    lift, share = _lift(member, counts, tokens)
-    shuffled, shuffled_share = _shuffled(member, counts, tokens, permutations, seed)
-    p = permutation_p(lift, shuffled)
-    q = benjamini_hochberg(p)
-    rows = []
-    for i, label in enumerate(labels):
-        inside = member[i] > 0
-        _, low, high = bootstrap_ratio(counts[inside], tokens[inside, None], draws=draws, seed=seed)
-        for j, (layer, block, expert) in enumerate(experts):
-            rows.append(
-                {
-                    "layer": layer,
-                    "block": block,
-                    "expert": expert,
-                    "label": label,
-                    "metric": "share of the label's tokens",
-                    "value": share[i, j],
-                    "ci_low": low[j],
-                    "ci_high": high[j],
-                    "null": shuffled_share[i, j],
-                    "lift": lift[i, j],
-                    "p": p[i, j],
-                    "q": q[i, j],
-                    "n": int(tokens[inside].sum()),
-                }
-            )
-    frame = pd.DataFrame(rows).sort_values(["q", "lift"], ascending=[True, False], kind="stable")
+    read = read_label_counts(run)
+    counts = np.concatenate(read.counts, axis=1)
+    lift, share = _lift(read.member, counts, read.tokens)
+    p, shuffled_share = _against_shuffles(read, counts, lift, permutations, seed)
+    low, high = _interval(read, counts, draws, seed)
+    frame = _table(read, share, low, high, shuffled_share, lift, p)
     return Result(
         title=_title(frame),
         table=pa.Table.from_pandas(frame, preserve_index=False),
         draw=_draw,
-        n=int(tokens.sum()),
+        n=int(read.tokens.sum()),
         n_unit="labelled tokens",
         definition="Share of a label's tokens that choose the expert; lift is that share "
         "over the expert's share of all labelled tokens.",
@@ -112,29 +78,9 @@ def specialization(run: Run, *, permutations: Count = 200, draws: Count = 1000, 
         interval=f"95 % percentile bootstrap over the label's documents, {draws} resamples",
         null=f"mean share when labels are shuffled over documents, {permutations} times; "
         f"the smallest possible p is {1 / (permutations + 1):.3f}",
-        sql=_SQL,
-        sql_parameters={"run": run.run_id},
-        computation="sums over documents, shuffles and resamples",
+        computation="decisions counted for each document and expert, then shuffles and resamples of documents",
+        notes=read.trace.notes,
     )
-
-
-def _counts(run: Run, documents: pd.DataFrame) -> tuple[NDArray[np.float64], list[tuple[int, str, int]]]:
-    """[document, expert] tokens of each document that chose each expert, and the experts in order."""
-    frame = run.sql(_SQL).df()
-    known = run.store.fetch(
-        "SELECT layer, block, n_experts + coalesce(n_null, 0) FROM layers WHERE "
-        "run_id = ? AND kind = 'moe' ORDER BY layer, block",
-        [run.run_id],
-    )
-    experts = [(layer, block, expert) for layer, block, size in known for expert in range(size)]
-    column = {place: number for number, place in enumerate(experts)}
-    row = {document: number for number, document in enumerate(documents["document_id"])}
-    counts = np.zeros((len(row), len(experts)))
-    places = list(zip(frame["layer"], frame["block"], frame["expert"], strict=True))
-    real = [place in column for place in places]  # ids out of range make a run incomplete; it is still looked at
-    rows = frame["document_id"].map(row).to_numpy()[real]
-    counts[rows, [column[place] for place in places if place in column]] = frame["tokens"].to_numpy()[real]
-    return counts, experts
 
 
 def _lift(member: NDArray[Any], counts: NDArray[Any], tokens: NDArray[Any]) -> tuple[NDArray[Any], NDArray[Any]]:
@@ -144,13 +90,53 @@ def _lift(member: NDArray[Any], counts: NDArray[Any], tokens: NDArray[Any]) -> t
     return np.divide(share, overall, out=np.ones_like(share), where=overall > 0), share
 
 
-def _shuffled(
-    member: NDArray[Any], counts: NDArray[Any], tokens: NDArray[Any], permutations: int, seed: int
-) -> tuple[NDArray[Any], NDArray[Any]]:
-    """Lifts under shuffled labels [shuffle, label, expert], and the mean share under them."""
-    generator = np.random.default_rng(seed)
-    results = [_lift(member[:, generator.permutation(len(tokens))], counts, tokens) for _ in range(permutations)]
-    return np.stack([lift for lift, _ in results]), np.mean([share for _, share in results], axis=0)
+def _against_shuffles(
+    read: LabelCounts, counts: NDArray[Any], lift: NDArray[Any], permutations: int, seed: int
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """[label, expert] p, as `permutation_p` counts it but without keeping every shuffle, and the mean share of shuffles."""
+    at_least, share_sum = np.ones(lift.shape), np.zeros(lift.shape)
+    for member in read.shuffled_members(permutations, seed):
+        shuffled, share = _lift(member, counts, read.tokens)
+        # Equal lifts come out a rounding apart where a shuffle gives a label the same documents in another order.
+        at_least += shuffled >= lift * (1 - 1e-12)
+        share_sum += share
+    return at_least / (1 + permutations), share_sum / permutations
+
+
+def _interval(
+    read: LabelCounts, counts: NDArray[Any], draws: int, seed: int
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """[label, expert] bounds of the share."""
+    low, high = np.empty((len(read.names), counts.shape[1])), np.empty((len(read.names), counts.shape[1]))
+    for number in range(len(read.names)):
+        mine = read.label == number
+        _, low[number], high[number] = bootstrap_ratio(counts[mine], read.tokens[mine, None], draws=draws, seed=seed)
+    return low, high
+
+
+def _table(read: LabelCounts, *columns: NDArray[Any]) -> pd.DataFrame:
+    """One row a label and expert, the surest preferences first."""
+    share, low, high, null, lift, p = columns
+    sizes = [router.n_experts for router in read.routers]
+    labels = len(read.names)
+    frame = pd.DataFrame(
+        {
+            "layer": np.tile(np.repeat([r.layer for r in read.routers], sizes), labels),
+            "block": np.tile(np.repeat([r.block for r in read.routers], sizes), labels),
+            "expert": np.tile(np.concatenate([np.arange(size) for size in sizes]), labels),
+            "label": np.repeat(np.array(read.names, dtype=object), sum(sizes)),
+            "metric": "share of the label's tokens",
+            "value": share.ravel(),
+            "ci_low": low.ravel(),
+            "ci_high": high.ravel(),
+            "null": null.ravel(),
+            "lift": lift.ravel(),
+            "p": p.ravel(),
+            "q": benjamini_hochberg(p).ravel(),
+            "n": np.repeat((read.member @ read.tokens).astype(np.int64), sum(sizes)),
+        }
+    )
+    return frame.sort_values(["q", "lift"], ascending=[True, False], kind="stable")
 
 
 def _title(frame: pd.DataFrame) -> str:
@@ -169,28 +155,4 @@ def _title(frame: pd.DataFrame) -> str:
 
 
 def _draw(result: Result) -> go.Figure:
-    frame = result.df()
-    top = frame[frame["lift"] > 1].sort_values(["q", "lift"], ascending=[True, False])
-    places = list(dict.fromkeys(zip(top["layer"], top["block"], top["expert"], strict=True)))[:_SHOWN]
-    places.sort()
-    labels = sorted(frame["label"].unique())
-    keyed = frame.set_index(["label", "layer", "block", "expert"])
-    lift, fields = np.full((len(labels), len(places)), np.nan), np.full((len(labels), len(places), 4), np.nan)
-    for i, label in enumerate(labels):
-        for j, place in enumerate(places):
-            row = keyed.loc[(label, *place)]
-            lift[i, j] = np.log2(np.clip(row["lift"], 1 / _LIMIT, _LIMIT))
-            fields[i, j] = [row["value"], row["lift"], row["q"], row["null"]]
-    figure = heatmap(
-        lift,
-        x=[f"{layer_name(a, b)}·E{e}" for a, b, e in places],
-        y=[plain(str(label)) for label in labels],
-        diverging=True,
-        customdata=fields,
-        colorbar="log2 lift, cut at ±4",
-        hover="%{y} → %{x}<br>%{customdata[0]:.1%} of its tokens, lift %{customdata[1]:.2f}<br>"
-        "shuffled labels: %{customdata[3]:.1%}, q = %{customdata[2]:.3f}",
-    )
-    figure.update_xaxes(title=f"the {len(places)} experts with the strongest preference")
-    figure.update_yaxes(title="label")
-    return figure
+    return preference_map(result.df(), group="label", ratio="lift", null_name="shuffled labels")
