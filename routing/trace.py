@@ -212,8 +212,8 @@ def read_trace(run: Run) -> Trace:
 
 
 def _read(run: Run) -> Trace:
-    read = [_decisions(run, *row) for row in run.sql(_ROUTERS).fetchall()]
-    read = [entry for entry in read if entry is not None]
+    found = [_decisions(run, *row) for row in run.sql(_ROUTERS).fetchall()]
+    read = [entry for entry in found if entry is not None]
     if not read:
         raise InputError(
             f"run {run.name!r} has no decisions of routers",
@@ -228,13 +228,13 @@ def _read(run: Run) -> Trace:
     picked = np.searchsorted(tokens["token"], kept)
     sequences = run.sql(_SEQUENCES).fetchnumpy()
     sequence_of = np.searchsorted(sequences["sequence_id"], tokens["sequence_id"][picked])
-    present, sequence = np.unique(sequence_of, return_inverse=True)
-    order = np.argsort(sequence, kind="stable")
+    present, inverse = np.unique(sequence_of, return_inverse=True)
+    order = np.argsort(inverse, kind="stable")
     names = sequences["label"][present]
     label_names = tuple(sorted({str(name) for name in names if isinstance(name, str)}))
     label_of = {name: number for number, name in enumerate(label_names)}
     _, documents = np.unique(np.asarray(sequences["document_id"])[present], return_inverse=True)
-    sequence = sequence[order].astype(np.int32)
+    sequence = inverse[order].astype(np.int32)
     return Trace(
         run=run,
         routers=tuple(_picked(router, rows, kept, order) for router, rows in read),
@@ -270,7 +270,7 @@ def _decisions(run: Run, layer: int, block: str, n_experts: int, n_null: int, to
     experts = np.asarray(listed.filter(pa.array(whole)).flatten(), dtype=np.uint16).reshape(-1, top_k)
     total = n_experts + n_null
     token = token[whole]
-    real = (experts < total).all(axis=1)
+    real: NDArray[np.bool_] = (experts < total).all(axis=1)
     real[1:] &= token[1:] != token[:-1]  # a decision written twice makes the run incomplete; it is still one decision
     if not real.all():
         experts = experts[real]

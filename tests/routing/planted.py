@@ -7,6 +7,7 @@ file by its path (`--import-mode=importlib` gives test modules no common package
 from __future__ import annotations
 
 import json
+import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -187,6 +188,39 @@ def plant(
         [status, json.dumps(summary or {"tokens": plan.tokens}), run.run_id],
     )
     return run
+
+
+def everything(*, layers: int, n_experts: int, labels: Sequence[str | None], tokens: int = 36) -> dict[str, Any]:
+    """Fields of a plan with records of every kind, every expert chosen in turn; one sequence of `tokens` a label."""
+    generator = np.random.default_rng(layers * 1000 + n_experts)
+    lengths = [tokens] * len(labels)
+    total, top_k = sum(lengths), min(2, n_experts)
+    routers, experts, streams, vectors = [], [], {}, {}
+    for layer in range(layers):
+        first = (np.arange(total) * (layer + 1)) % n_experts
+        chosen = np.stack([(first + slot) % n_experts for slot in range(top_k)], 1)
+        entropy = generator.uniform(0, math.log(max(n_experts, 2)), total)
+        logits = generator.normal(size=(total, n_experts))
+        np.put_along_axis(logits, chosen, np.sort(generator.uniform(5, 9, chosen.shape), axis=1)[:, ::-1], axis=1)
+        norms = generator.uniform(1, 3, chosen.shape)
+        routers.append(Router(chosen, n_experts, layer=layer, entropy=entropy, logits=logits, norms=norms))
+        slots = {"token": np.repeat(np.arange(total), top_k), "expert": chosen.ravel()}
+        vectors[f"blocks.{layer}.mlp.experts.hook_post"] = Vectors(generator.normal(size=(total * top_k, 4)), **slots)
+        vectors[f"blocks.{layer}.hook_resid_post"] = Vectors(generator.normal(size=(total, 6)))
+        norm = generator.uniform(1, 10, total)
+        streams[layer] = Stream(norm, median=np.full(len(lengths), 0.5))
+        experts += [
+            {
+                "layer": layer, "block": "mlp", "expert": expert, "tokens": 4, "weight_sum": 2.0, "output_norm_mean": 1.5,
+                "weighted_norm_sum": 3.0, "max_abs_out": float(generator.uniform(1, 5)), "max_abs_channel": 3,
+                "max_abs_token": int(generator.integers(total)), "active_share": 0.75, "zero_share": 0.25,
+            }
+            for expert in range(n_experts)
+        ]  # fmt: skip
+    return {
+        "lengths": lengths, "labels": labels, "nll": generator.exponential(2, total), "routers": routers,
+        "streams": streams, "experts": experts, "vectors": vectors, "vocabulary": {i: f" t{i}".encode() for i in range(50)},
+    }  # fmt: skip
 
 
 def insert(run: Run, table: str, rows: Iterable[Mapping[str, Any]]) -> None:

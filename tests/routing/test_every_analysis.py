@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import json
-import math
 import typing
 from collections.abc import Callable
 from types import ModuleType
@@ -27,44 +26,9 @@ NAMES = analyses.names()
 SINGLE = [analysis.name for analysis in analyses if analysis.runs == 1]
 
 
-def _fields(planted: ModuleType, *, layers: int, n_experts: int, labels: list[str], tokens: int = 36) -> dict[str, Any]:
-    """A run with records of every kind, every expert chosen in turn."""
-    generator = np.random.default_rng(layers * 1000 + n_experts)
-    lengths = [tokens] * len(labels)
-    total, top_k = sum(lengths), min(2, n_experts)
-    routers, experts, streams, vectors = [], [], {}, {}
-    for layer in range(layers):
-        first = (np.arange(total) * (layer + 1)) % n_experts
-        chosen = np.stack([(first + slot) % n_experts for slot in range(top_k)], 1)
-        entropy = generator.uniform(0, math.log(max(n_experts, 2)), total)
-        logits = generator.normal(size=(total, n_experts))
-        np.put_along_axis(logits, chosen, np.sort(generator.uniform(5, 9, chosen.shape), axis=1)[:, ::-1], axis=1)
-        norms = generator.uniform(1, 3, chosen.shape)
-        routers.append(planted.Router(chosen, n_experts, layer=layer, entropy=entropy, logits=logits, norms=norms))
-        slots = {"token": np.repeat(np.arange(total), top_k), "expert": chosen.ravel()}
-        vectors[f"blocks.{layer}.mlp.experts.hook_post"] = planted.Vectors(
-            generator.normal(size=(total * top_k, 4)), **slots
-        )
-        vectors[f"blocks.{layer}.hook_resid_post"] = planted.Vectors(generator.normal(size=(total, 6)))
-        norm = generator.uniform(1, 10, total)
-        streams[layer] = planted.Stream(norm, median=np.full(len(lengths), 0.5))
-        experts += [
-            {
-                "layer": layer, "block": "mlp", "expert": expert, "tokens": 4, "weight_sum": 2.0, "output_norm_mean": 1.5,
-                "weighted_norm_sum": 3.0, "max_abs_out": float(generator.uniform(1, 5)), "max_abs_channel": 3,
-                "max_abs_token": int(generator.integers(total)), "active_share": 0.75, "zero_share": 0.25,
-            }
-            for expert in range(n_experts)
-        ]  # fmt: skip
-    return {
-        "lengths": lengths, "labels": labels, "nll": generator.exponential(2, total), "routers": routers,
-        "streams": streams, "experts": experts, "vectors": vectors, "vocabulary": {i: f" t{i}".encode() for i in range(50)},
-    }  # fmt: skip
-
-
 @pytest.fixture(scope="module")
 def whole(plant: Plant, planted: ModuleType) -> Run:
-    return plant(**_fields(planted, layers=3, n_experts=6, labels=["a", "b"] * 4))
+    return plant(**planted.everything(layers=3, n_experts=6, labels=["a", "b"] * 4))
 
 
 def test_the_analyses_of_this_version_are_registered() -> None:
@@ -167,18 +131,24 @@ SIZES = [(1, 1), (2, 6), (64, 256)]
 def sized(request: pytest.FixtureRequest, plant: Plant, planted: ModuleType) -> Run:
     layers, n_experts = request.param
     tokens = 40 if layers == 64 else 36
-    return plant(**_fields(planted, layers=layers, n_experts=n_experts, labels=["a", "a", "b", "b"], tokens=tokens))
+    return plant(**planted.everything(layers=layers, n_experts=n_experts, labels=["a", "a", "b", "b"], tokens=tokens))
+
+
+def _refusal(name: str, run: Run) -> str | None:
+    try:
+        analyze(run, name)
+    except InputError as refused:
+        return str(refused)
+    return None
 
 
 @pytest.mark.parametrize("name", SINGLE)
 def test_figure_is_drawn_from_one_expert_to_a_large_model(name: str, sized: Run) -> None:
-    try:
-        result = analyze(sized, name)
-    except InputError as refused:
+    if sized.rows("layers") == 1 and (refused := _refusal(name, sized)) is not None:
         # One router with one expert leaves some questions without sense; a model of ordinary size leaves none.
-        assert sized.table("layers").shape[0] == 1
-        assert "What to do" in str(refused)
+        assert "What to do" in refused
         return
+    result = analyze(sized, name)
     if not result.has_figure:
         with pytest.raises(InputError, match="no figure"):
             result.figure()
@@ -192,7 +162,7 @@ def test_figure_is_drawn_from_one_expert_to_a_large_model(name: str, sized: Run)
 @pytest.fixture(scope="module")
 def hostile(plant: Plant, planted: ModuleType) -> Run:
     labels = [text for text in planted.HOSTILE for _ in range(6)]
-    fields = _fields(planted, layers=2, n_experts=2 * len(planted.HOSTILE), labels=labels, tokens=33)
+    fields = planted.everything(layers=2, n_experts=2 * len(planted.HOSTILE), labels=labels, tokens=33)
     number = np.repeat(np.arange(len(labels)) // 6, 33)
     for router in fields["routers"]:
         router.experts = np.stack([2 * number, 2 * number + 1], 1)
