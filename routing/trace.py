@@ -270,7 +270,7 @@ def _decisions(run: Run, layer: int, block: str, n_experts: int, n_null: int, to
     experts = np.asarray(listed.filter(pa.array(whole)).flatten(), dtype=np.uint16).reshape(-1, top_k)
     total = n_experts + n_null
     token = token[whole]
-    real: NDArray[np.bool_] = (experts < total).all(axis=1)
+    real: NDArray[np.bool_] = np.asarray((experts < total).all(axis=1))
     real[1:] &= token[1:] != token[:-1]  # a decision written twice makes the run incomplete; it is still one decision
     if not real.all():
         experts = experts[real]

@@ -1,0 +1,1 @@
+"""Massive activations and super experts, each by its published rules, from records."""
