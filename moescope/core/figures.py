@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
@@ -105,10 +106,19 @@ def heatmap(
 
 
 def log_axis(figure: go.Figure, *, title: str, values: Iterable[float]) -> None:
-    """A logarithmic y axis whose tick labels do not run into each other: powers of ten, with 2 and 5 where they fit."""
-    shown = [value for value in values if value > 0]
-    wide = bool(shown) and max(shown) > 50 * min(shown)
-    figure.update_yaxes(title=title, type="log", dtick=1 if wide else "D2", exponentformat="none")
+    """A logarithmic y axis whose ticks are written out: powers of ten, with 2 and 5 times them where they fit."""
+    shown = [value for value in values if value > 0 and np.isfinite(value)]
+    figure.update_yaxes(title=title, type="log")
+    if not shown:
+        return
+    low, high = min(shown), max(shown)
+    powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    steps = (1, 2, 5) if high <= 200 * low else (1,)
+    every = max(1, len(powers) // 8)
+    ticks = [step * 10.0**power for power in powers if power % every == 0 for step in steps]
+    figure.update_yaxes(
+        tickvals=ticks, ticktext=[f"{tick:,.10g}" if 1e-3 <= tick < 1e6 else f"{tick:g}" for tick in ticks]
+    )
 
 
 def plain(text: str) -> str:

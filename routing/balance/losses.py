@@ -12,6 +12,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from moescope.core.analysis import Count, Natural, analysis
+from moescope.core.figures import SERIES
 from moescope.core.result import Result
 from moescope.core.statistics import document_weights
 from moescope.routing.balance.groups import By, Grouping, grouped
@@ -214,11 +215,12 @@ def _draw(result: Result) -> go.Figure:
     titles = {"Switch loss": "E × Σ f P", "router z-loss": "squared logits"}
     figure = panels(routers, titles, null_name="balanced routing")
     for row in frame[frame["metric"].isin([MEAN, POOLED])].itertuples():
-        figure.add_hline(
-            y=row.value,
-            line={"color": "#D55E00" if row.metric == POOLED else "#009E73", "dash": "dot"},
-            annotation_text="pooled" if row.metric == POOLED else "mean of layers",
-            annotation_position="top left",
+        figure.add_scatter(
+            x=[layer_name(*place) for place in zip(routers["layer"], routers["block"], strict=True)],
+            y=[row.value] * len(routers),
+            mode="lines",
+            name="pooled over layers" if row.metric == POOLED else "mean of layers",
+            line={"color": SERIES[1] if row.metric == POOLED else SERIES[2], "dash": "dot"},
             row=1,
             col=1,
         )

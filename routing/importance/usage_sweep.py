@@ -211,6 +211,8 @@ def _title(frame: pd.DataFrame, target: float) -> str:
     title = f"The most used {share.mean():.0%} of a layer's experts serve {target:.0%} of its decisions (even use: {even:.0%})"
     if len(part) < 2:
         return title
+    if share.min() == share.max():
+        return f"{title}, the same in every layer"
     return f"{title}; from {_of(least)} to {_of(most)}"
 
 

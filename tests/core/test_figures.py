@@ -112,3 +112,15 @@ def test_logarithmic_axis_stands_any_values(values: list[float]) -> None:
     figure = go.Figure(go.Scatter(y=values))
     log_axis(figure, title="norm", values=values)
     assert (figure.layout.yaxis.type, figure.layout.yaxis.title.text) == ("log", "norm")
+
+
+def test_ticks_of_a_logarithmic_axis_are_written_out() -> None:
+    figure = go.Figure(go.Scatter(y=[30.0, 700.0]))
+    log_axis(figure, title="norm", values=[30.0, 700.0])
+    written = dict(zip(figure.layout.yaxis.tickvals, figure.layout.yaxis.ticktext, strict=True))
+    assert written[200.0] == "200"
+    assert written[1000.0] == "1,000"
+    assert all(float(text.replace(",", "")) == value for value, text in written.items())
+    wide = go.Figure(go.Scatter(y=[1e-9, 1e12]))
+    log_axis(wide, title="norm", values=[1e-9, 1e12])
+    assert len(wide.layout.yaxis.tickvals) < 16
