@@ -33,6 +33,8 @@ _ADDED = ("seconds", "near_ties", "near_ties_by_router")
 _SHARES = ("rule_agreement_by_router",)
 # Counted in the merged rows, or said of one recording only.
 _COUNTED_ANEW = {
+    "planned",
+    "actual",
     "progress",
     "resumed_at_batch",
     "tokens",

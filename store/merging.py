@@ -14,6 +14,7 @@ import duckdb
 from moescope.core.errors import InputError, RunError
 from moescope.core.json_data import to_json
 from moescope.store.coverage import settle
+from moescope.store.measured_bytes import bytes_before, note_costs
 from moescope.store.merge_ledger import expectations, summary
 from moescope.store.merge_memory import bounded_memory
 from moescope.store.merge_plan import MergePlan, plan_merge
@@ -81,6 +82,7 @@ def merge(
     with _opened(out) as store:
         _check_free(store, chosen)
         run_id = str(uuid.uuid4())
+        before = bytes_before(store)
         try:
             with bounded_memory(store.connection), transaction(store.connection):
                 _join(store, run_id, chosen, plan, stopped, facts or {}, say)
@@ -89,7 +91,10 @@ def merge(
             if isinstance(error, (duckdb.Error, OSError)):
                 raise _explained(error) from error
             raise
-        return store.run(chosen)
+        merged = store.run(chosen)
+        seconds = float(merged.info["summary"].get("seconds", 0))
+        note_costs(store, run_id, planned=None, seconds=seconds, before=before)
+        return merged
 
 
 def _join(

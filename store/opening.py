@@ -130,13 +130,34 @@ def explained(path: Path, refused: duckdb.Error) -> StoreError:
         return StoreError(
             f"{path} was written by another version of DuckDB", found=text, fix="upgrade duckdb and moescope"
         )
+    if disk := _about_the_disk(path, text):
+        return disk
+    if is_damage(refused):
+        return StoreError(f"{path} is damaged", found=text, fix="restore it from a copy; the file was left as it is")
+    return StoreError(f"cannot open {path}", found=text)
+
+
+def _about_the_disk(path: Path, text: str) -> StoreError | None:
     if "ermission denied" in text or "ead-only file system" in text:
         return StoreError(
             f"cannot write {path}", found="no permission", fix="choose another folder, or open it with read_only=True"
         )
-    if is_damage(refused):
-        return StoreError(f"{path} is damaged", found=text, fix="restore it from a copy; the file was left as it is")
-    return StoreError(f"cannot open {path}", found=text)
+    if "has been invalidated" in text:
+        return StoreError(
+            f"{path} could not be written, and DuckDB lets nobody use it until it is opened anew",
+            found=text.rsplit("Original error:", maxsplit=1)[-1].strip().strip('"'),
+            fix="free some space where the disk is full, close the store and open it again: what was committed is whole",
+        )
+    if "No space left" in text or "disk full" in text.lower():
+        return StoreError(f"{path} cannot be written: the disk is full", found=text, fix="free some space")
+    return None
+
+
+def concerns_file(refused: duckdb.Error) -> bool:
+    """Whether it is the file or its disk that refused, and not the query."""
+    kinds = (duckdb.IOException, duckdb.FatalException, duckdb.TransactionException)
+    disk = isinstance(refused, kinds) and any(w in str(refused) for w in ("has been invalidated", "No space left"))
+    return disk or is_damage(refused)
 
 
 def is_damage(refused: duckdb.Error) -> bool:

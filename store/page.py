@@ -55,7 +55,8 @@ that a store from a stranger can be looked at. Folders that queries may read and
 `Store(path, read_only=True, folders=["exports"])`.
 
 A store on a read-only folder can be read. A damaged store is refused, or the query that meets the damage is: DuckDB keeps a
-checksum of every block.
+checksum of every block. Where the disk fills, what was committed stays whole: free some space and open the store again; the
+run that was being recorded is `incomplete`, and `profile --resume` goes on with it.
 
 ## Versions
 The file says which version of this schema it has (`store_info`); the present one is {version}. A store of an older version is

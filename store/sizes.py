@@ -25,9 +25,9 @@ TABLES_OF: Mapping[str, tuple[str, ...]] = {
 _LOG_LIMIT = 16 << 20
 _LOGGED = {"tokens": 70, "sequences": 200, "vocabulary": 50, "load_partials": 80, "expert_partials": 130}
 _LOGGED_ROW, _LOGGED_LIST_VALUE = 60, 5
-# Blocks of a file besides those of tables that probes write: runs (two), layers, coverage, store_info, the directory, two
-# indexes of runs. A further run adds to most of these, and leaves store_info and the indexes where they are.
-_FIRST_BLOCKS, _FURTHER_BLOCKS, _HEADERS = 8, 5, 12_288
+# Blocks of a file besides those of tables that probes write: runs (two: what a run took is noted once its row lies in the
+# file), layers, coverage, store_info, the directory, two indexes of runs. A further run adds to the first three alone.
+_FIRST_BLOCKS, _FURTHER_BLOCKS, _HEADERS = 8, 4, 12_288
 _DIRECTORY = 500  # blocks of data for each further block of the directory
 _SHARD_HEADER = 350
 _LONG_TEXT = 0.55  # of what texts take once there is more than a block of them, and DuckDB compresses them
@@ -90,7 +90,8 @@ def run_bytes(
         if table == "sequences":
             columns[-1] *= _text_share(columns[-1], min(count, part[table] * between, GROUP_ROWS))
         blocks = table_blocks(count, columns, chunk_rows=part[table], chunks_between_checkpoints=between)
-        tables[table] = max(blocks, int(count > 0)) * BLOCK
+        alone = table == "batches" and count == 1  # a single row of numbers is kept in the directory
+        tables[table] = 0 if alone else max(blocks, int(count > 0)) * BLOCK
     fixed = ((_FIRST_BLOCKS if first else _FURTHER_BLOCKS) + sum(tables.values()) // BLOCK // _DIRECTORY) * BLOCK
     fixed += _HEADERS if first else 0
     vectors = {vector.site: vector_bytes(vector, shape.sampled, chunks) for vector in shape.vectors}

@@ -16,7 +16,7 @@ from moescope.core.errors import InputError, StoreError
 from moescope.core.text import escaped, whole_characters
 from moescope.store.compaction import Compacted, compact_file
 from moescope.store.deleting import Deleted, delete_runs
-from moescope.store.opening import explained, is_damage, open_connection
+from moescope.store.opening import concerns_file, explained, open_connection
 from moescope.store.run import UNSAID_END, Run
 from moescope.store.run_sizes import RunSize, run_sizes
 
@@ -253,7 +253,7 @@ class Store:
                 found=text,
                 fix="name the folder: Store(path, read_only=True, folders=[…])",
             )
-        if is_damage(refused):
+        if concerns_file(refused):
             return explained(self.path, refused)
         return InputError("the query failed", found=text)
 

@@ -73,14 +73,14 @@ class ExpertPartial:
             setattr(self, name, np.where(larger, getattr(later, name), getattr(self, name)))
 
 
-def load_rows(partials: Iterable[LoadPartial], extra: dict[str, Any], *, only_used: bool) -> pa.Table | None:
+def load_rows(partials: Iterable[LoadPartial], extra: dict[str, int], *, only_used: bool) -> pa.Table | None:
     """Partials as rows of `loads` or `load_partials`; `extra` columns hold the same value in every row."""
     return _rows(
         list(partials), extra, {"label": pa.string(), "phase": pa.string()}, ("tokens", "weight_sum"), only_used
     )
 
 
-def expert_rows(partials: Iterable[ExpertPartial], extra: dict[str, Any], *, only_used: bool) -> pa.Table | None:
+def expert_rows(partials: Iterable[ExpertPartial], extra: dict[str, int], *, only_used: bool) -> pa.Table | None:
     """Partials as rows of `expert_partials`."""
     values = (
         "tokens",
@@ -98,18 +98,17 @@ def expert_rows(partials: Iterable[ExpertPartial], extra: dict[str, Any], *, onl
 
 
 def _rows(
-    partials: list[Any], extra: dict[str, Any], keys: dict[str, pa.DataType], values: tuple[str, ...], only_used: bool
+    partials: list[Any], extra: dict[str, int], keys: dict[str, pa.DataType], values: tuple[str, ...], only_used: bool
 ) -> pa.Table | None:
     if not partials:
         return None
     kept = [np.flatnonzero(p.tokens) if only_used else np.arange(len(p.tokens)) for p in partials]
-    sizes = [len(index) for index in kept]
-    total = sum(sizes)
+    of = pa.array(np.repeat(np.arange(len(partials)), [len(index) for index in kept]))
 
     def repeated(name: str, kind: pa.DataType) -> pa.Array:
-        return pa.array([getattr(p, name) for p, size in zip(partials, sizes, strict=True) for _ in range(size)], kind)
+        return pa.array([getattr(p, name) for p in partials], kind).take(of)
 
-    columns = {name: pa.array([value] * total) for name, value in extra.items()}
+    columns = {name: pa.array(np.full(len(of), value)) for name, value in extra.items()}
     columns |= {"layer": repeated("layer", pa.uint16()), "block": repeated("block", pa.string())}
     columns |= {name: repeated(name, kind) for name, kind in keys.items()}
     columns["expert"] = pa.array(np.concatenate(kept).astype(np.int32))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -124,4 +125,6 @@ def _write_safetensors(
         for piece in pieces:
             file.write(piece)
             digest.update(piece)
+        file.flush()
+        os.fsync(file.fileno())  # it outlives a power cut before the catalogue names it
     return digest.hexdigest()

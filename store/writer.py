@@ -9,7 +9,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import duckdb
@@ -149,7 +149,7 @@ class RunWriter:
             for batch in self._pending:
                 row = [self._run_id, batch.number, *batch.batch]
                 self._cursor.execute("INSERT INTO batches VALUES (?, ?, ?, ?, ?)", row)
-                self._write_partials(batch)
+            self._write_partials()
             # The files come first: a catalogue never names one that is not there. What a chunk that fails leaves is not named.
             vectors = (part for b in self._pending for part in b.vectors)
             if (shards := write_shards(self._path, self._run_id, vectors, self._shards)) is not None:
@@ -170,22 +170,25 @@ class RunWriter:
         )
         self._cursor.unregister("moescope_rows")
 
-    def _write_partials(self, batch: BatchRecords) -> None:
-        for load in batch.loads:
-            if load.key in self._loads:
-                self._loads[load.key].fold(load)
-            else:
-                self._loads[load.key] = load
-        for expert in batch.experts:
-            if expert.key in self._experts:
-                self._experts[expert.key].fold(expert)
-            else:
-                self._experts[expert.key] = expert
-        extra = {"batch": batch.number}
-        if (rows := load_rows(batch.loads, extra, only_used=True)) is not None:
-            self._insert("load_partials", rows)
-        if (rows := expert_rows(batch.experts, extra, only_used=True)) is not None:
-            self._insert("expert_partials", rows)
+    def _write_partials(self) -> None:
+        rows: dict[str, list[pa.Table | None]] = {"load_partials": [], "expert_partials": []}
+        for batch in self._pending:
+            for load in batch.loads:
+                if load.key in self._loads:
+                    self._loads[load.key].fold(load)
+                else:
+                    self._loads[load.key] = replace(load)
+            for expert in batch.experts:
+                if expert.key in self._experts:
+                    self._experts[expert.key].fold(expert)
+                else:
+                    self._experts[expert.key] = replace(expert)
+            extra = {"batch": batch.number}
+            rows["load_partials"].append(load_rows(batch.loads, extra, only_used=True))
+            rows["expert_partials"].append(expert_rows(batch.experts, extra, only_used=True))
+        for table, parts in rows.items():
+            if present := [part for part in parts if part is not None]:
+                self._insert(table, pa.concat_tables(present))
 
     def _write_totals(self) -> None:
         for table in ("loads", "experts"):

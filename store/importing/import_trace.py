@@ -190,7 +190,8 @@ class _Import:
         ]
         with transaction(connection):
             write_layers(connection, self.run_id, routers)
-            for step in write_decisions(connection, self.run_id, source=self.called, label=self.label):
+            most = max(r.top_k for r in routers)
+            for step in write_decisions(connection, self.run_id, source=self.called, label=self.label, top_k=most):
                 self.tell(step)
             self._end(connection, trace, expectations, routers, started)
 

@@ -31,12 +31,13 @@ _FACTS = """
 _RECORDED = "list_min(experts) >= 0"
 _USED = """list_unique(list_filter(experts, lambda e, i: weights[i] <> 0))
     < len(list_filter(weights, lambda w: w <> 0))"""
-_TWICE = f"list_unique(experts) < len(experts) AND (weights IS NULL OR {_USED})"
+# Up to so many experts a token the ids are compared pair by pair, which is many times as quick as counting them.
+_COMPARED = 12
 _WRONG = {
     f"NOT ({_RECORDED})": "{n} rows have ids below 0: they were not recorded",
     "list_max(experts) >= n_experts + n_null": "{n} rows have ids outside of 0 to {last}",
     f"{_RECORDED} AND len(experts) <> top_k": "{n} rows have not {k} experts",
-    f"{_RECORDED} AND {_TWICE}": "{n} rows name the same expert twice",
+    f"{_RECORDED} AND {{twice}}": "{n} rows name the same expert twice",
     "NOT isfinite(list_sum(weights))": "{n} rows have weights that are NaN or infinite",
 }
 _DECISIONS = "SELECT sum(len({what})) FROM routing WHERE run_id = $run AND layer = $layer AND block = $block"
@@ -119,14 +120,24 @@ def _look_through(connection: duckdb.DuckDBPyConnection, routers: Sequence[Route
     """Note what is wrong with each router's decisions: all of them in one pass, places only where something is."""
     columns = [[getattr(r, name) for r in routers] for name in ("layer", "block", "top_k", "n_experts", "n_null")]
     connection.register("moescope_routers", pa.table(columns, ["layer", "block", "top_k", "n_experts", "n_null"]))
-    counts = ", ".join(f"count(*) FILTER ({condition})" for condition in _WRONG)
+    twice = _twice(max(r.top_k for r in routers))
+    wrong = {condition.replace("{twice}", twice): says for condition, says in _WRONG.items()}
+    counts = ", ".join(f"count(*) FILTER ({condition})" for condition in wrong)
     found = connection.execute(
         f"SELECT layer, block, {counts} FROM moescope_trace JOIN moescope_routers USING (layer, block) GROUP BY ALL"
     ).fetchall()
     by_place = {(layer, block): rows for layer, block, *rows in found}
     for router in routers:
         at = {"layer": router.layer, "block": router.block}
-        for (condition, says), rows in zip(_WRONG.items(), by_place[router.layer, router.block], strict=True):
+        for (condition, says), rows in zip(wrong.items(), by_place[router.layer, router.block], strict=True):
             if rows:
                 said = says.format(n=f"{rows:,}", last=router.n_experts + router.n_null - 1, k=router.top_k)
                 router.problems.append(f"{said} ({place(connection, condition, at)})")
+
+
+def _twice(top_k: int) -> str:
+    """SQL that says whether a row names an expert twice, other than in slots of weight 0."""
+    compared = min(top_k, _COMPARED)
+    pairs = [f"experts[{i}] = experts[{j}]" for i in range(1, compared + 1) for j in range(i + 1, compared + 1)]
+    counted = f"CASE WHEN len(experts) > {compared} THEN list_unique(experts) < len(experts) ELSE {' OR '.join(pairs) or 'FALSE'} END"
+    return f"CASE WHEN {counted} THEN weights IS NULL OR {_USED} ELSE FALSE END"

@@ -77,16 +77,18 @@ _VOCABULARY = """
     GROUP BY token_id
     ORDER BY token_id
 """
+# Up to so many experts a token it is looked at slot by slot whether a row is in order already; beyond, it is always sorted.
+_LOOKED_AT = 16
 # Slots are sorted by weight, descending, ties by the lower id; NaN goes last. Without weights the order given stays.
 _ROUTING = f"""
     INSERT INTO routing (run_id, token, layer, block, experts, weights, margin, entropy)
     SELECT
         $run, token, layer, block,
         CAST(coalesce(list_transform(slots, lambda s: s[2]), experts) AS USMALLINT[]),
-        CAST(list_transform(slots, lambda s: -s[1]) AS FLOAT[]),
+        CAST(coalesce(list_transform(slots, lambda s: -s[1]), weights) AS FLOAT[]),
         margin, entropy
     FROM (
-        SELECT *, CASE WHEN weights IS NOT NULL
+        SELECT *, CASE WHEN weights IS NOT NULL AND NOT ({{in_order}})
             THEN list_sort(list_zip(list_transform(weights, lambda w: -w), experts))
         END AS slots
         FROM moescope_trace
@@ -147,14 +149,21 @@ _BATCH = """
 
 
 def write_decisions(
-    connection: duckdb.DuckDBPyConnection, run_id: str, *, source: str, label: str | None
+    connection: duckdb.DuckDBPyConnection, run_id: str, *, source: str, label: str | None, top_k: int
 ) -> Iterator[str]:
-    """Every row of the run but those of `runs`, `layers` and `coverage`; gives the name of each step before it is done."""
+    """Every row of the run but those of `runs`, `layers` and `coverage`; gives the name of each step before it is done.
+
+    Args:
+        connection: holds the staged trace.
+        run_id: of the run.
+        source, label: of sequences that say none.
+        top_k: experts a token of most rows; rows with more are as right, and take longer.
+    """
     steps: list[tuple[str, str]] = [
         ("tokens", _TOKENS),
         ("sequences", _SEQUENCES),
         ("vocabulary", _VOCABULARY),
-        ("decisions", _ROUTING),
+        ("decisions", _ROUTING.format(in_order=_in_order(top_k))),
         ("logits", _LOGITS),
         ("loads", _LOADS),
         ("loads", _PARTIALS),
@@ -164,6 +173,17 @@ def write_decisions(
         yield name
         bound = {"run": run_id, "source": source, "label": label}
         connection.execute(statement, {key: value for key, value in bound.items() if f"${key}" in statement})
+
+
+def _in_order(top_k: int) -> str:
+    """SQL that is true of most rows whose slots are in the store's order already, and false of all others."""
+    slots = min(top_k, _LOOKED_AT)
+    pairs = [
+        f"(len(experts) <= {i} OR weights[{i}] > weights[{i + 1}]"
+        f" OR (weights[{i}] = weights[{i + 1}] AND experts[{i}] < experts[{i + 1}]))"
+        for i in range(1, slots)
+    ]
+    return " AND ".join([f"len(experts) <= {slots}", "NOT isnan(weights[1])", *pairs])
 
 
 def write_layers(connection: duckdb.DuckDBPyConnection, run_id: str, routers: Sequence[Router]) -> None:

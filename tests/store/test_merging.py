@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import pytest
 import moescope as ms
 from moescope.core.errors import InputError, RunError, StoreError
 from moescope.store import merge_totals, merging
+from moescope.store.measured_bytes import bytes_in_use
 from moescope.store.merge_rows import copied_tables, foreign_tables, is_token
 from moescope.store.merging import merge
 from moescope.store.run import Run
@@ -24,7 +26,7 @@ from moescope.store.vectors import vector_shards, vector_sites
 LENGTHS = (7, 1, 12, 4, 9, 30, 2, 15, 11, 3, 3, 8, 20, 5, 5, 6, 1)
 LABELS = ["a", "b", "a", "c", "b", "a", "a", "c", "b", "a", "a", "b", "d", "d", "a", "a", "b"]
 BATCHES = 9  # of 2 sequences
-TIMINGS = {"seconds", "tokens_per_second"}
+TIMINGS = {"seconds", "tokens_per_second", "actual"}
 Record = Callable[..., Path]
 
 PROBES = ("tokens", "routing", "experts", "residual", "router_logits", "expert_outputs")
@@ -144,6 +146,16 @@ def test_rows_lie_in_the_order_of_the_plan(recorded: Record, tmp_path: Path) -> 
             column = {"tokens": "token", "sequences": "sequence_id", "batches": "batch"}[table]
             found = [n for (n,) in store.fetch(f"SELECT {column} FROM {table} ORDER BY rowid")]
             assert found == sorted(found)
+
+
+def test_a_merged_run_says_what_it_took_in_all(recorded: Record, tmp_path: Path) -> None:
+    shards = [recorded("every probe", r) for r in CUTS["2 shards"]]
+    with ExitStack() as stack:
+        took = [stack.enter_context(Store(s, read_only=True)).run("base").info["summary"]["actual"] for s in shards]
+    with merge(tmp_path / "runs.duckdb", shards).store as store:
+        said = store.run("base").info["summary"]["actual"]
+        assert said["seconds"] == pytest.approx(sum(one["seconds"] for one in took), abs=0.01)
+        assert said["bytes"] == pytest.approx(bytes_in_use(store), rel=0.1)
 
 
 def test_a_merged_run_can_be_merged_again(recorded: Record, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from pathlib import Path
 from typing import Any
 
@@ -168,3 +169,12 @@ def test_no_half_written_file_is_left(store: Store, run: Run, monkeypatch: pytes
     with pytest.raises(RunError, match="the disk is full"):
         written(store, run, [[vectors(1, 3, site=SLOTS)]])
     assert [path.name for path in folder.rglob("*") if path.is_file()] == ["00000.safetensors"]
+
+
+def test_a_shard_is_on_the_disk_before_it_has_its_name(store: Store, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    done: list[str] = []
+    sync, rename = os.fsync, Path.replace
+    monkeypatch.setattr(os, "fsync", lambda file: (done.append("synced"), sync(file))[1])
+    monkeypatch.setattr(Path, "replace", lambda path, target: (done.append("named"), rename(path, target))[1])
+    written(store, run, [[vectors(0, 3)]])
+    assert done == ["synced", "named"]
