@@ -29,7 +29,10 @@ CHUNK_VECTOR_BYTES = 64 << 20  # of vectors waiting to be written
 _QUEUE = 3
 # What DuckDB may keep in memory while it writes. Without a limit it keeps every block it wrote, and memory grows with the
 # corpus; beyond it, a large transaction goes through its temporary folder.
-_MEMORY = "64MiB"
+# Below 128 MiB it inserts with one thread, whatever it is allowed.
+_MEMORY = "128MiB"
+# A chunk is two row groups, which two threads compress at once; on few cores they take the time from nobody for long.
+_THREADS = 2
 
 
 @dataclass
@@ -145,7 +148,9 @@ class RunWriter:
             return
         with transaction(self._cursor):
             for name in dict.fromkeys(name for b in self._pending for name in b.tables):
-                self._insert(name, pa.concat_tables([b.tables[name] for b in self._pending if name in b.tables]))
+                rows = pa.concat_tables([b.tables[name] for b in self._pending if name in b.tables])
+                # In one piece: DuckDB then builds whole row groups at a time, and several of them at once.
+                self._insert(name, rows.combine_chunks())
             for batch in self._pending:
                 row = [self._run_id, batch.number, *batch.batch]
                 self._cursor.execute("INSERT INTO batches VALUES (?, ?, ?, ?, ?)", row)
@@ -223,9 +228,10 @@ def _frugal(connection: duckdb.DuckDBPyConnection) -> list[str]:
     What the user has set stays, and a store whose configuration is locked is used as it is. (A memory limit cannot be put
     back exactly: DuckDB tells it rounded. So only its default is ever replaced.)
     """
+    cores = os.cpu_count() or 1
     wanted = {
         "memory_limit": _MEMORY,
-        "threads": str(max(1, (os.cpu_count() or 1) // 4)),
+        "threads": str(max(min(_THREADS, cores), cores // 4)),
     }
     changed: list[str] = []
     with duckdb.connect(":memory:") as untouched, suppress(duckdb.Error):

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import moescope as ms
-from moescope.probes import record as recording
+from moescope.probes import choices
 from moescope.store import ending
 from moescope.store.writer import RunWriter
 
@@ -252,7 +252,7 @@ def test_a_disk_without_room_is_refused_before_a_run_begins(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     free = type("Usage", (), {"free": 1 << 20})
-    monkeypatch.setattr(recording.shutil, "disk_usage", lambda _path: free)
+    monkeypatch.setattr(choices.shutil, "disk_usage", lambda _path: free)
     with pytest.raises(ms.RunError, match="no room on the disk"):
         record_ids(tiny_model("qwen3_moe"), token_ids(LENGTHS))
     assert store.runs() == []
