@@ -28,6 +28,11 @@ def place_names(frame: pd.DataFrame) -> list[str]:
     return ["whole model"] * len(frame)
 
 
+def place_name(row: pd.Series, by: str) -> str:
+    """Name of the place that one row is about, for titles."""
+    return layer_name(row["layer"], row["block"]) if by == "layer" else str(row[by])
+
+
 def axis_title(frame: pd.DataFrame) -> str:
     """What `place_names` names."""
     return next((column for column in ("layer", "label", "phase") if column in frame), "")

@@ -13,7 +13,7 @@ import pyarrow as pa
 from moescope.core.analysis import Count, Natural, analysis
 from moescope.core.errors import InputError
 from moescope.core.result import Result
-from moescope.routing.consistency.control_figures import by_place
+from moescope.routing.consistency.control_figures import by_place, place_name
 from moescope.routing.consistency.decisions import (
     Longs,
     Parts,
@@ -212,13 +212,9 @@ def _title(frame: pd.DataFrame, by: str, lag: int) -> str:
     if len(kept) < 2:
         return text
     best, worst = kept.loc[kept["value"].idxmax()], kept.loc[kept["value"].idxmin()]
-    return f"{text}, from {worst['value']:.1%} in {_place(worst, by)} to {best['value']:.1%} in {_place(best, by)}"
-
-
-def _place(row: pd.Series, by: str) -> str:
-    from moescope.routing.grid import layer_name
-
-    return layer_name(row["layer"], row["block"]) if by == "layer" else str(row[by])
+    return (
+        f"{text}, from {worst['value']:.1%} in {place_name(worst, by)} to {best['value']:.1%} in {place_name(best, by)}"
+    )
 
 
 def _draw(result: Result) -> go.Figure:

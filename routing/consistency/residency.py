@@ -10,9 +10,9 @@ import plotly.graph_objects as go
 import pyarrow as pa
 
 from moescope.core.analysis import Count, Natural, analysis
-from moescope.core.figures import log_axis
+from moescope.core.figures import SERIES, log_axis
 from moescope.core.result import Result
-from moescope.routing.consistency.control_figures import CONTROLS, axis_title, controls, place_names, points
+from moescope.routing.consistency.control_figures import CONTROLS, axis_title, controls, place_name, place_names, points
 from moescope.routing.consistency.decisions import (
     Longs,
     Parts,
@@ -142,13 +142,9 @@ def _title(frame: pd.DataFrame, by: str) -> str:
     if by == "model" or len(rows) < 2:
         return text
     best, worst = rows.loc[rows["value"].idxmax()], rows.loc[rows["value"].idxmin()]
-    return f"{text}; from {worst['value']:.2f} in {_place(worst, by)} to {best['value']:.2f} in {_place(best, by)}"
-
-
-def _place(row: pd.Series, by: str) -> str:
-    from moescope.routing.grid import layer_name
-
-    return layer_name(row["layer"], row["block"]) if by == "layer" else str(row[by])
+    return (
+        f"{text}; from {worst['value']:.2f} in {place_name(worst, by)} to {best['value']:.2f} in {place_name(best, by)}"
+    )
 
 
 def _draw(result: Result) -> go.Figure:
@@ -168,7 +164,7 @@ def _draw(result: Result) -> go.Figure:
         rows = rows.assign(**{c: rows[c].where(rows[c] > floor / 100) for c in CONTROLS if c in rows})
         log_axis(figure, title="share of runs of at least ℓ tokens", values=[floor, 1.0])
         figure.update_yaxes(range=[np.log10(floor), 0.1], exponentformat="power", dtick=1)
-    points(figure, rows, x=names, name="as recorded", colour="#0072B2", joined=joined)
+    points(figure, rows, x=names, name="as recorded", colour=SERIES[0], joined=joined)
     controls(figure, rows, x=names, joined=joined)
     figure.update_xaxes(title=title_x, type="category")
     return figure.update_layout(height=420)

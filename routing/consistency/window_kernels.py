@@ -11,7 +11,7 @@ from numba import njit
 
 
 @njit(cache=True, nogil=True)
-def mark_repeats(experts, ignored):  # type: ignore[no-untyped-def]
+def mark_repeats(experts, ignored):  # type: ignore[no-untyped-def]  # numba infers them
     """[token, k] ids with every second naming of an expert by the same token set to `ignored`; and how many there were."""
     marked = experts.copy()
     repeats = 0
@@ -26,7 +26,7 @@ def mark_repeats(experts, ignored):  # type: ignore[no-untyped-def]
 
 
 @njit(cache=True, nogil=True)
-def window_histogram(experts, order, begins, lengths, rows, n_rows, columns, n_columns, segment):  # type: ignore[no-untyped-def]
+def window_histogram(experts, order, begins, lengths, rows, n_rows, columns, n_columns, segment):  # type: ignore[no-untyped-def]  # numba infers them
     """[row, column, count] windows of `segment` tokens in which an expert is chosen `count` times.
 
     Args:
@@ -67,7 +67,7 @@ def window_histogram(experts, order, begins, lengths, rows, n_rows, columns, n_c
 
 
 @njit(cache=True, nogil=True)
-def shared_histogram(experts, order, begins, lengths, rows, n_rows, n_experts, lag):  # type: ignore[no-untyped-def]
+def shared_histogram(experts, order, begins, lengths, rows, n_rows, n_experts, lag):  # type: ignore[no-untyped-def]  # numba infers them
     """[row, shared] pairs of tokens `lag` apart that share so many experts; and [row] pairs with the same first choice.
 
     Args:
@@ -93,7 +93,7 @@ def shared_histogram(experts, order, begins, lengths, rows, n_rows, n_experts, l
 
 
 @njit(cache=True, nogil=True)
-def runs_and_gaps(experts, order, begins, lengths, rows, n_rows, n_experts, least, widths):  # type: ignore[no-untyped-def]
+def runs_and_gaps(experts, order, begins, lengths, rows, n_rows, n_experts, least, widths):  # type: ignore[no-untyped-def]  # numba infers them
     """How long experts stay, and in how many windows they are missing.
 
     Args:
@@ -149,7 +149,7 @@ def runs_and_gaps(experts, order, begins, lengths, rows, n_rows, n_experts, leas
 
 
 @njit(cache=True, nogil=True)
-def _sum_at_least(counts, longest, limits, total):  # type: ignore[no-untyped-def]
+def _sum_at_least(counts, longest, limits, total):  # type: ignore[no-untyped-def]  # numba infers them
     """Add to `total` how many of `counts` by size reach each of the ascending `limits`."""
     size, reached = longest, 0
     for i in range(len(limits) - 1, -1, -1):
@@ -160,7 +160,7 @@ def _sum_at_least(counts, longest, limits, total):  # type: ignore[no-untyped-de
 
 
 @njit(cache=True, nogil=True)
-def _sum_places(gaps, tails, longest, widths, total):  # type: ignore[no-untyped-def]
+def _sum_places(gaps, tails, longest, widths, total):  # type: ignore[no-untyped-def]  # numba infers them
     """Add to `total` how many places the gaps by size have for each of the ascending `widths`."""
     size, places, reached = longest, 0, 0
     for i in range(len(widths) - 1, -1, -1):
@@ -173,7 +173,7 @@ def _sum_places(gaps, tails, longest, widths, total):  # type: ignore[no-untyped
 
 
 @njit(cache=True, nogil=True)
-def best_f1(histograms):  # type: ignore[no-untyped-def]
+def best_f1(histograms):  # type: ignore[no-untyped-def]  # numba infers them
     """[row] largest F1 over thresholds from [row, m + 1] pairs by how often the window chooses the expert."""
     segment = histograms.shape[1] - 1
     best = np.zeros(len(histograms))

@@ -13,7 +13,7 @@ from moescope.core.analysis import Count, Natural, analysis
 from moescope.core.errors import InputError
 from moescope.core.figures import SERIES, heatmap
 from moescope.core.result import Result
-from moescope.routing.consistency.control_figures import axis_title, controls, place_names, points
+from moescope.routing.consistency.control_figures import axis_title, controls, place_name, place_names, points
 from moescope.routing.consistency.decisions import (
     Parts,
     chance,
@@ -156,13 +156,9 @@ def _title(frame: pd.DataFrame, by: str) -> str:
     if by == "model" or len(rows) < 2:
         return text
     best, worst = rows.loc[rows["value"].idxmax()], rows.loc[rows["value"].idxmin()]
-    return f"{text}; from {worst['value']:.0%} in {_place(worst, by)} to {best['value']:.0%} in {_place(best, by)}"
-
-
-def _place(row: pd.Series, by: str) -> str:
-    from moescope.routing.grid import layer_name
-
-    return layer_name(row["layer"], row["block"]) if by == "layer" else str(row[by])
+    return (
+        f"{text}; from {worst['value']:.0%} in {place_name(worst, by)} to {best['value']:.0%} in {place_name(best, by)}"
+    )
 
 
 def _draw(result: Result) -> go.Figure:

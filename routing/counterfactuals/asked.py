@@ -193,7 +193,7 @@ def _tuned(found: list[Asked], settings: RuleSettings) -> list[Asked]:
     from moescope.routing.counterfactuals.thresholds import tuned_limit
 
     if settings.value is not None:
-        return [replace(asked, limit=asked.rule.limit(settings.value)) for asked in found]  # type: ignore[union-attr]
+        return [replace(asked, limit=asked.rule.limit(settings.value)) for asked in found]  # type: ignore[union-attr]  # only rules with a limit come here
     ready = []
     for part in [found] if settings.tune == "model" else [[asked] for asked in found]:
         rules: list[Any] = [asked.rule for asked in part]

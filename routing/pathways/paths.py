@@ -155,7 +155,7 @@ def _scalars(counts: NDArray[np.int64], nulls: list[NDArray[np.int64]], x_min: i
     rows = []
     for metric, value in measured.items():
         known = [found[metric] for found in chance if found[metric] is not None]
-        null = float(np.mean(known)) if known else None  # type: ignore[arg-type]
+        null = float(np.mean(known)) if known else None  # type: ignore[arg-type]  # the missing ones are out of it
         rows.append(_row(metric, value, null, fitted if metric in _FIT and fitted else int(counts.sum())))
     return rows
 

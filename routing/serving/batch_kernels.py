@@ -85,12 +85,12 @@ def reroute(
 @njit(cache=True, nogil=True)
 def random_sets(tokens: int, k: int, experts: int, seed: int) -> NDArray[Any]:
     """[token, k] distinct experts in random order, every set alike."""
-    np.random.seed(seed)  # noqa: NPY002  numba's own generator
+    np.random.seed(seed)  # noqa: NPY002  compiled code has no other generator to seed  numba's own generator
     drawn = np.empty((tokens, k), np.uint16)
     pool = np.arange(experts)
     for token in range(tokens):
         for slot in range(k):
-            other = np.random.randint(slot, experts)  # noqa: NPY002
+            other = np.random.randint(slot, experts)  # noqa: NPY002  compiled code has no other generator to seed
             pool[slot], pool[other] = pool[other], pool[slot]
             drawn[token, slot] = pool[slot]
     return drawn
