@@ -148,8 +148,12 @@ def _said(summary: dict[str, object]) -> str:
 
 
 def _findings(results: list[tuple[Section, Result]]) -> str:
-    items = "".join(f"<li><a href='#{escaped(r.name)}'>{escaped(r.title)}</a></li>" for _, r in results)
-    return f"<h1>Findings</h1><ul>{items}</ul>"
+    """Every title with a link to its result, under the section it is in."""
+    listed: dict[Section, str] = dict.fromkeys(get_args(Section), "")
+    for section, result in results:
+        listed[section] += f"<li><a href='#{escaped(result.name)}'>{escaped(result.title)}</a></li>"
+    parts = [f"<h2>{SECTION_TITLES[section]}</h2><ul>{items}</ul>" for section, items in listed.items() if items]
+    return "<h1>Findings</h1>" + "".join(parts)
 
 
 def _left_out(left_out: list[tuple[str, str]]) -> str:
