@@ -13,6 +13,7 @@ from moescope.cli.dashboard import dashboard
 from moescope.cli.doctor import doctor
 from moescope.cli.export import export
 from moescope.cli.import_ import import_
+from moescope.cli.intervene import group as intervene
 from moescope.cli.merge import merge
 from moescope.cli.plan import plan
 from moescope.cli.profile import profile
@@ -35,6 +36,7 @@ app.command("import")(import_)
 app.command()(export)
 app.command()(merge)
 app.add_typer(runs, name="runs")
+app.add_typer(intervene, name="intervene")
 app.command()(dashboard)
 app.command()(doctor)
 

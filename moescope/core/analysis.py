@@ -30,6 +30,7 @@ Section = Literal[
     "neurons",
     "residual",
     "phenomena",
+    "effects",
     "comparison",
 ]
 SECTION_TITLES: dict[Section, str] = {
@@ -48,6 +49,7 @@ SECTION_TITLES: dict[Section, str] = {
     "neurons": "Neurons",
     "residual": "Residual stream",
     "phenomena": "Phenomena",
+    "effects": "Effects of interventions",
     "comparison": "Comparison of runs",
 }
 

@@ -1,0 +1,190 @@
+"""Edits of routers and experts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from moescope.core.edit import Edit, edit
+
+How = Literal["zero", "route_around", "renormalise", "mean", "copy"]
+
+
+def as_tuple(experts: object) -> tuple[int, ...]:
+    """One id, or several in any sequence, as a tuple without doubles."""
+    found = (experts,) if isinstance(experts, int) else tuple(int(e) for e in experts)  # type: ignore[attr-defined]  # a sequence
+    return tuple(dict.fromkeys(found))
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExpertEdit(Edit):
+    """An edit at a router and its experts.
+
+    Attributes:
+        block: which router of a layer, as in sites.
+    """
+
+    block: str = "mlp"
+
+
+@dataclass(frozen=True, kw_only=True)
+class OfExperts(ExpertEdit):
+    """An edit of some experts of each of its layers.
+
+    Attributes:
+        experts: ids in 0 … n_experts − 1 (with null experts, these too).
+    """
+
+    experts: tuple[int, ...] | int = ()
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        object.__setattr__(self, "experts", as_tuple(self.experts))
+
+    @property
+    def ids(self) -> tuple[int, ...]:
+        """The experts, as a tuple."""
+        return as_tuple(self.experts)
+
+
+@edit("ablate")
+@dataclass(frozen=True, kw_only=True)
+class Ablate(OfExperts):
+    """Take experts out.
+
+    Attributes:
+        how: `zero`: a chosen expert keeps its slot and its weight counts for the others as before, its contribution is zero (a
+            zeroed down projection); `renormalise`: the same, and the other slots of the token are scaled up so that the sum of
+            weights stays; `route_around`: the router cannot choose it and takes its next choice, by its own rule; `mean`: its
+            contribution is weight · its mean output (`means`); `copy`: its contribution is weight · what it was given.
+        means: for `mean`, one vector of d_model an expert, in the order of `experts`; calibrated where left out.
+    """
+
+    how: How = "zero"
+    means: tuple[tuple[float, ...], ...] | None = None
+
+
+@edit("force")
+@dataclass(frozen=True, kw_only=True)
+class Force(OfExperts):
+    """Experts every token takes: their selection scores are raised over the largest (at most k an edit).
+
+    Attributes:
+        weight: weight each of them is given; None for what the router's rule gives to experts whose log-probability is the
+            token's largest plus 0.01 (SteerMoE, arXiv 2509.09660).
+    """
+
+    weight: float | None = None
+
+
+@edit("bias")
+@dataclass(frozen=True, kw_only=True)
+class Bias(OfExperts):
+    """Add a number to the router logits of experts; the decision follows by the router's own rule."""
+
+    value: float = 0.0
+
+
+@edit("scale")
+@dataclass(frozen=True, kw_only=True)
+class Scale(OfExperts):
+    """Multiply the routing weights of experts, after the choice and without renormalising (RICE, arXiv 2505.14681)."""
+
+    factor: float = 1.0
+
+
+@edit("keep")
+@dataclass(frozen=True, kw_only=True)
+class Keep(OfExperts):
+    """Route among these experts only, by the router's own rule."""
+
+
+@edit("set_routing")
+@dataclass(frozen=True, kw_only=True)
+class SetRouting(ExpertEdit):
+    """Give the experts the decisions of a recorded run of the same texts.
+
+    Attributes:
+        run: name of the run, with the records of probe `routing`.
+        weights: whose weights: `recorded`, or `own`, those that the router's rule gives to the recorded experts.
+    """
+
+    run: str = ""
+    weights: Literal["recorded", "own"] = "recorded"
+
+
+@edit("mix_routing")
+@dataclass(frozen=True, kw_only=True)
+class MixRouting(ExpertEdit):
+    """Mix the router's probabilities with given ones: (1 − share) · own + share · reference (C3PO, arXiv 2504.07964).
+
+    Attributes:
+        reference: probabilities of the layer's experts, n_experts numbers that sum to 1.
+        share: of the reference, 0 to 1.
+    """
+
+    reference: tuple[float, ...] = ()
+    share: float = 0.5
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        object.__setattr__(self, "reference", tuple(float(x) for x in self.reference))
+
+
+@edit("top_k")
+@dataclass(frozen=True, kw_only=True)
+class TopK(ExpertEdit):
+    """Another number of experts a token: the k largest, weights by the router's own rule.
+
+    Attributes:
+        k: 1 … n_experts.
+    """
+
+    k: int = 1
+
+
+@edit("top_p")
+@dataclass(frozen=True, kw_only=True)
+class TopP(ExpertEdit):
+    """As few experts a token as reach a share p of its scores, at most those it had; the others' weights are zero.
+
+    Attributes:
+        p: over 0, up to 1.
+        renormalise: scale the kept weights so that the token's sum of weights stays.
+    """
+
+    p: float = 1.0
+    renormalise: bool = True
+
+
+@edit("random_routing")
+@dataclass(frozen=True, kw_only=True)
+class RandomRouting(ExpertEdit):
+    """k experts at random for every token, without repetition; the weights of the token's own slots stay in their order.
+
+    Attributes:
+        seed: the same seed, text and place give the same experts.
+    """
+
+    seed: int = 0
+
+
+@edit("swap_experts")
+@dataclass(frozen=True, kw_only=True)
+class SwapExperts(ExpertEdit):
+    """Slots of one expert go to the other and the reverse, weights as they are."""
+
+    first: int = 0
+    second: int = 1
+
+
+@edit("fake_quant")
+@dataclass(frozen=True, kw_only=True)
+class FakeQuant(OfExperts):
+    """Round the weights of experts to few bits: symmetric, one scale an output row (round to nearest).
+
+    Attributes:
+        bits: 2 to 8.
+    """
+
+    bits: int = 4

@@ -1,0 +1,134 @@
+"""Edits of the residual stream, of sublayers and of attention heads."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from moescope.core.edit import Edit, edit
+from moescope.core.edit_kinds.experts import as_tuple
+from moescope.core.sites import RESID_POST
+
+StreamSite = Literal["hook_resid_pre", "hook_resid_post", "hook_attn_out", "hook_mlp_out"]
+
+
+def as_floats(vector: Any) -> tuple[float, ...]:
+    """Any sequence or array of numbers as a tuple."""
+    return tuple(float(x) for x in vector)
+
+
+@dataclass(frozen=True, kw_only=True)
+class StreamEdit(Edit):
+    """An edit of one stream of vectors.
+
+    Attributes:
+        site: which: what the block is given or hands on, or what attention or the MLP adds.
+    """
+
+    site: StreamSite = RESID_POST  # type: ignore[assignment]  # a constant of this value
+
+
+@dataclass(frozen=True, kw_only=True)
+class AlongVector(StreamEdit):
+    """An edit along a direction.
+
+    Attributes:
+        vector: d_model numbers.
+    """
+
+    vector: tuple[float, ...] = ()
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        object.__setattr__(self, "vector", as_floats(self.vector))
+
+
+@edit("add")
+@dataclass(frozen=True, kw_only=True)
+class Add(AlongVector):
+    """Add strength · vector."""
+
+
+@edit("project_out")
+@dataclass(frozen=True, kw_only=True)
+class ProjectOut(AlongVector):
+    """Take the component along the vector out."""
+
+
+@edit("clamp")
+@dataclass(frozen=True, kw_only=True)
+class Clamp(AlongVector):
+    """Hold the component along the unit vector between two bounds.
+
+    Attributes:
+        low, high: bounds in units of activation; None for none.
+    """
+
+    low: float | None = None
+    high: float | None = None
+
+
+@edit("set_channel")
+@dataclass(frozen=True, kw_only=True)
+class SetChannel(StreamEdit):
+    """Set channels of the stream to given values.
+
+    Attributes:
+        channels: which.
+        values: one a channel; None for 0. (A calibrated mean is a value: `moescope.probes.effects.calibration` finds it.)
+        above: only where |x| exceeds it; None for everywhere.
+    """
+
+    channels: tuple[int, ...] | int = ()
+    values: tuple[float, ...] | None = None
+    above: float | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        object.__setattr__(self, "channels", as_tuple(self.channels))
+        if self.values is not None:
+            object.__setattr__(self, "values", as_floats(self.values))
+
+
+@edit("mask_head")
+@dataclass(frozen=True, kw_only=True)
+class MaskHead(Edit):
+    """Take attention heads out.
+
+    Attributes:
+        heads: query heads.
+        how: `zero`: the head's output is 0; `uniform`: it attends to every key it can see alike (its query is 0).
+        block: which attention of a layer, as in sites.
+    """
+
+    heads: tuple[int, ...] | int = ()
+    how: Literal["zero", "uniform"] = "zero"
+    block: str = "attn"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        object.__setattr__(self, "heads", as_tuple(self.heads))
+
+
+@edit("skip")
+@dataclass(frozen=True, kw_only=True)
+class Skip(Edit):
+    """Leave out a whole block, or what its attention or its MLP adds.
+
+    Attributes:
+        part: which.
+    """
+
+    part: Literal["block", "attn", "mlp"] = "block"
+
+
+@edit("patch")
+@dataclass(frozen=True, kw_only=True)
+class Patch(StreamEdit):
+    """Put in vectors recorded in another run of the same texts, at every token that run kept there.
+
+    Attributes:
+        run: name of the run, with vectors recorded at the site (`record(..., sites=...)`).
+    """
+
+    run: str = ""

@@ -1,0 +1,29 @@
+"""What an edit may know of the forward pass that runs: which row is under which intervention, and where its tokens stand."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Int
+
+
+@dataclass
+class Now:
+    """The pass that runs, on the device of the model's inputs.
+
+    Attributes:
+        ids: token ids fed.
+        mask: real tokens among them.
+        position: place of each token in its sequence, 0-based, padding not counted, tokens of earlier passes counted.
+        generated: whether the pass goes on from a cache (its tokens come after the prompt's).
+        row: which intervention each row is under.
+        sequences: ids of the rows' sequences, where the caller told them (`Edited.begin`); None elsewhere.
+    """
+
+    ids: Int[torch.Tensor, "row position"]
+    mask: Bool[torch.Tensor, "row position"]
+    position: Int[torch.Tensor, "row position"]
+    generated: bool
+    row: Int[torch.Tensor, " row"]
+    sequences: tuple[int, ...] | None = None

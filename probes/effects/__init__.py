@@ -1,0 +1,1 @@
+"""What an intervention does: paired with its baseline on the same tokens, against matched random controls."""

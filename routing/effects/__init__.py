@@ -1,0 +1,1 @@
+"""Analyses of effects: what interventions did, with their controls."""
