@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +17,9 @@ from moescope.probes.anatomy import Anatomy, find_anatomy
 from moescope.probes.custom_layers import custom_layer
 
 if TYPE_CHECKING:
+    from moescope.core.result import Result
+    from moescope.core.intervention import Intervention
+    from moescope.probes.edits.session import Edited
     from moescope.probes.foreign.cache import SiteCache
 
 
@@ -105,6 +110,28 @@ class LiveModel:
         from moescope.probes.foreign.cache import run_with_cache
 
         return run_with_cache(self, text, names_filter)
+
+    def edited(
+        self, interventions: Intervention | Sequence[Intervention], *, sources: Mapping[str, Any] | None = None
+    ) -> AbstractContextManager[Edited]:
+        """A context in which everything the model computes is edited; see `moescope.probes.edits.session.edited`.
+
+        Example:
+            >>> import torch, moescope as ms
+            >>> from moescope.edits import Ablate, Intervention
+            >>> model = ms.load("demo")
+            >>> with model.edited(Intervention([Ablate(layer=3, experts=[5, 9], how="route_around")])):
+            ...     logits = model.module(input_ids=torch.tensor([[5, 6, 7]])).logits
+        """
+        from moescope.probes.edits.session import edited
+
+        return edited(self, interventions, sources=sources)
+
+    def logit_attribution(self, text: Any, **options: Any) -> Result:
+        """What every expert, head and MLP adds to logits; see `moescope.probes.attribution.logit_attribution`."""
+        from moescope.probes.attribution.logit_attribution import logit_attribution
+
+        return logit_attribution(self, text, **options)
 
     def trace(self, *inputs: Any, **options: Any) -> Any:
         """nnsight's tracing context over this model; modules are named through `self.nnsight`."""

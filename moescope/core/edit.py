@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import ClassVar, TypeVar
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar, TypeVar
 
+from moescope.core.edit_values import field_types, fitted
+from moescope.core.errors import InputError
 from moescope.core.positions import Positions, read_positions
 from moescope.core.registry import Registry
+
+_UNSAID = ("positions", "strength", "block")  # left out where they have their default
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,19 +26,33 @@ class Edit:
 
     kind: ClassVar[str] = ""
 
-    layer: int | tuple[int, ...] | None = None
+    layer: int | Sequence[int] | None = None
     positions: str = "all"
     strength: float = 1.0
 
     def __post_init__(self) -> None:
+        for field, hint in field_types(type(self)).items():
+            object.__setattr__(self, field, fitted(getattr(self, field), hint, f"{self.kind or 'edit'}: {field}"))
         read_positions(self.positions)
-        if isinstance(self.layer, list):
-            object.__setattr__(self, "layer", tuple(self.layer))
+        if any(layer < 0 for layer in self.layers or ()) or self.layers == ():
+            raise InputError(f"{self.kind}: layer cannot be {self.layer!r}", expected="0-based layers, or None for all")
 
     @property
     def layers(self) -> tuple[int, ...] | None:
         """The layers, None for all."""
-        return (self.layer,) if isinstance(self.layer, int) else self.layer
+        return (self.layer,) if isinstance(self.layer, int) else None if self.layer is None else tuple(self.layer)
+
+    def __repr__(self) -> str:
+        shown = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in _UNSAID}
+        shown = {name: value for name, value in shown.items() if value is not None or name == "layer"} | self.as_data()
+        said = (f"{name}={_short(value)}" for name, value in shown.items())
+        return f"{type(self).__name__}({', '.join(said)})"
+
+    def as_data(self) -> dict[str, Any]:
+        """Its fields by name, those that have their default left out."""
+        return {
+            f.name: value for f in fields(self) if (value := getattr(self, f.name)) != f.default or f.name == "layer"
+        }
 
     @property
     def where(self) -> Positions:
@@ -52,7 +70,15 @@ def edit(kind: str) -> Callable[[E], E]:
 
     def register(cls: E) -> E:
         cls.kind = kind
+        cls.__repr__ = Edit.__repr__  # type: ignore[method-assign]  # dataclasses write one of their own, all defaults in it
         edits.add(kind, cls)
         return cls
 
     return register
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, tuple) and len(value) > 8:
+        kind = f"{len(value)} vectors" if isinstance(value[0], tuple) else f"{len(value):,} numbers"
+        return f"[{kind}]"
+    return repr(list(value)) if isinstance(value, tuple) else repr(value)

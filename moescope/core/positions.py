@@ -32,6 +32,20 @@ class Positions:
     stop: int | None = None
     token_id: int | None = None
 
+    def overlaps(self, other: Positions) -> bool:
+        """Whether some token could be at both.
+
+        Example:
+            >>> read_positions("0:4").overlaps(read_positions("4:")), read_positions("0:4").overlaps(read_positions("token:7"))
+            (False, True)
+        """
+        if self.which == other.which == "span":
+            ends = [p.stop if p.stop is not None else float("inf") for p in (self, other)]
+            return self.start < ends[1] and other.start < ends[0]
+        if self.which == other.which == "token":
+            return self.token_id == other.token_id
+        return {self.which, other.which} != {"prompt", "generated"}
+
     def __str__(self) -> str:
         if self.which == "span":
             return f"{self.start}:{'' if self.stop is None else self.stop}"

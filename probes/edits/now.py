@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from jaxtyping import Bool, Int
@@ -27,3 +28,8 @@ class Now:
     generated: bool
     row: Int[torch.Tensor, " row"]
     sequences: tuple[int, ...] | None = None
+
+    @cached_property
+    def row_of_token(self) -> Int[torch.Tensor, " token"]:
+        """Which intervention each token is under, rows laid end to end as experts are given them."""
+        return self.row[:, None].expand(self.ids.shape).reshape(-1)

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Generic, TypeVar
+from typing import Any, ClassVar, Generic, Literal, TypeVar
 
 import torch
 from jaxtyping import Float, Int
 from torch import nn
 
 from moescope.core.edit import Edit
+from moescope.core.registry import Registry
 from moescope.probes.anatomy import Anatomy, Sublayer
 from moescope.probes.edits.now import Now
 from moescope.probes.routing_rule import BoundRule
@@ -52,6 +53,7 @@ class Step(ABC, Generic[E]):
     """
 
     needs_rule: ClassVar[bool] = False
+    united: ClassVar[bool] = False  # whether `update` takes, for each intervention, a tuple of edits that act as one
 
     def __init__(self, edits: Sequence[E | None], place: Place) -> None:
         self.place = place
@@ -62,13 +64,44 @@ class Step(ABC, Generic[E]):
         """What two edits must share to be one step (`how`, number of channels, …)."""
         return ()
 
+    @staticmethod
+    def why_not(edit: Any, place: Place) -> str | None:
+        """Why this edit cannot be made at a place; None where it can."""
+        del edit, place
+        return None
+
+    @classmethod
+    def asks_rule(cls, edit: Any) -> bool | Literal["weights"]:
+        """Whether this edit needs the router's verified rule; `weights` where only for the weights of given experts."""
+        del edit
+        return cls.needs_rule
+
+    def begin(self, sequences: tuple[int, ...]) -> None:
+        """Fetch what this step needs of the sequences that the next rows are; called outside the pass."""
+
+    def fault(self) -> str | None:
+        """What was wrong with the passes so far, read back after them; None for nothing."""
+        return None
+
     @abstractmethod
     def update(self, edits: Sequence[E | None]) -> None:
         """Write the edits' numbers into the tables: made at the first call, changed in place at later ones."""
 
 
 class DecisionStep(Step[E]):
-    """Changes what the experts of a router are given."""
+    """Changes what the experts of a router are given.
+
+    Attributes:
+        phase: where in a router it acts: 0 on its logits and its choice, 1 on the slots chosen, 2 on their weights and outputs.
+        graded: whether a strength other than 0 and 1 means something.
+        reads_logits: whether it needs the router's logits.
+        live: whether any of its edits has a strength other than 0; a step that has none is not run.
+    """
+
+    phase: ClassVar[int] = 1
+    graded: ClassVar[bool] = False
+    reads_logits: bool = False
+    live: bool = True
 
     @abstractmethod
     def decide(self, decision: Decision, now: Now) -> None:
@@ -123,3 +156,25 @@ class WeightStep(Step[E]):
     @abstractmethod
     def leave(self) -> None:
         """Put the model's own parameters back, the same objects."""
+
+
+steps: Registry[type[Step[Any]]] = Registry("step", "moescope.probes.edits.steps")
+
+S = TypeVar("S", bound=type[Step[Any]])
+
+
+def step(*names: str) -> Callable[[S], S]:
+    """Register the decorated class for kinds of edits: `add`, or `ablate:zero` for one `how` of a kind."""
+
+    def register(cls: S) -> S:
+        for name in names:
+            steps.add(name, cls)
+        return cls
+
+    return register
+
+
+def step_for(edit: Edit) -> type[Step[Any]]:
+    """The class that applies an edit."""
+    named = f"{edit.kind}:{getattr(edit, 'how', '')}"
+    return steps[named if named in steps else edit.kind]

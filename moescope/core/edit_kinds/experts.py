@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from moescope.core.edit import Edit, edit
+from moescope.core.errors import InputError
+
+_SUM = 1e-3  # how far from 1 probabilities may sum
 
 How = Literal["zero", "route_around", "renormalise", "mean", "copy"]
 
@@ -14,6 +18,11 @@ def as_tuple(experts: object) -> tuple[int, ...]:
     """One id, or several in any sequence, as a tuple without doubles."""
     found = (experts,) if isinstance(experts, int) else tuple(int(e) for e in experts)  # type: ignore[attr-defined]  # a sequence
     return tuple(dict.fromkeys(found))
+
+
+def refuse(edit: Edit, field: str, expected: str) -> InputError:
+    """The refusal of a field's value."""
+    return InputError(f"{edit.kind}: {field} cannot be {getattr(edit, field)!r}", expected=expected)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,11 +44,13 @@ class OfExperts(ExpertEdit):
         experts: ids in 0 … n_experts − 1 (with null experts, these too).
     """
 
-    experts: tuple[int, ...] | int = ()
+    experts: Sequence[int] | int = ()
 
     def __post_init__(self) -> None:
         super().__post_init__()
         object.__setattr__(self, "experts", as_tuple(self.experts))
+        if not self.ids or min(self.ids) < 0:
+            raise refuse(self, "experts", "one or more expert ids, from 0 on")
 
     @property
     def ids(self) -> tuple[int, ...]:
@@ -61,7 +72,15 @@ class Ablate(OfExperts):
     """
 
     how: How = "zero"
-    means: tuple[tuple[float, ...], ...] | None = None
+    means: Sequence[Sequence[float]] | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.means is not None and (self.how != "mean" or len(self.means) != len(self.ids)):
+            raise InputError(
+                "ablate: means belong to how='mean', one vector an expert",
+                found=f"how={self.how!r}, {len(self.means)} vectors for {len(self.ids)} experts",
+            )
 
 
 @edit("force")
@@ -112,23 +131,38 @@ class SetRouting(ExpertEdit):
     run: str = ""
     weights: Literal["recorded", "own"] = "recorded"
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.run:
+            raise refuse(self, "run", "the name of a run")
+
 
 @edit("mix_routing")
 @dataclass(frozen=True, kw_only=True)
 class MixRouting(ExpertEdit):
     """Mix the router's probabilities with given ones: (1 − share) · own + share · reference (C3PO, arXiv 2504.07964).
 
+    The decision follows by the router's own rule, with the mixture for its scores. Where scores are no probabilities (a
+    sigmoid for each expert), their shares of their sum are mixed, and the sum stays; no score comes to 1.
+
     Attributes:
-        reference: probabilities of the layer's experts, n_experts numbers that sum to 1.
+        reference: probabilities of the layer's experts, n_experts numbers that sum to 1 (with null experts, these too).
         share: of the reference, 0 to 1.
     """
 
-    reference: tuple[float, ...] = ()
+    reference: Sequence[float] = ()
     share: float = 0.5
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        object.__setattr__(self, "reference", tuple(float(x) for x in self.reference))
+        if not 0 <= self.share <= 1:
+            raise refuse(self, "share", "0 to 1")
+        if not self.reference or min(self.reference) < 0 or abs(sum(self.reference) - 1) > _SUM:
+            raise InputError(
+                "mix_routing: reference is no distribution",
+                expected="numbers from 0 on that sum to 1, one an expert",
+                found=f"{len(self.reference)} numbers that sum to {sum(self.reference):g}",
+            )
 
 
 @edit("top_k")
@@ -141,6 +175,30 @@ class TopK(ExpertEdit):
     """
 
     k: int = 1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.k < 1:
+            raise refuse(self, "k", "1 or more")
+
+
+@edit("rank_routing")
+@dataclass(frozen=True, kw_only=True)
+class RankRouting(ExpertEdit):
+    """Only the experts of given ranks: 1 is the router's first choice, 2 its second, …; weights by the router's own rule over
+    those (the weak routing of SCMoE, arXiv 2405.14507).
+
+    Attributes:
+        ranks: 1-based, distinct, at most n_experts.
+    """
+
+    ranks: Sequence[int] | int = (2,)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        object.__setattr__(self, "ranks", as_tuple(self.ranks))
+        if not self.ranks or min(as_tuple(self.ranks)) < 1:
+            raise refuse(self, "ranks", "one or more ranks, from 1 on")
 
 
 @edit("top_p")
@@ -155,6 +213,11 @@ class TopP(ExpertEdit):
 
     p: float = 1.0
     renormalise: bool = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 < self.p <= 1:
+            raise refuse(self, "p", "over 0, up to 1")
 
 
 @edit("random_routing")
@@ -177,6 +240,11 @@ class SwapExperts(ExpertEdit):
     first: int = 0
     second: int = 1
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if min(self.first, self.second) < 0:
+            raise InputError("swap_experts: expert ids count from 0", found=f"{self.first} and {self.second}")
+
 
 @edit("fake_quant")
 @dataclass(frozen=True, kw_only=True)
@@ -188,3 +256,8 @@ class FakeQuant(OfExperts):
     """
 
     bits: int = 4
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 2 <= self.bits <= 8:
+            raise refuse(self, "bits", "2 to 8")

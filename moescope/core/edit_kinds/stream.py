@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 from moescope.core.edit import Edit, edit
 from moescope.core.edit_kinds.experts import as_tuple
 from moescope.core.sites import RESID_POST
 
-StreamSite = Literal["hook_resid_pre", "hook_resid_post", "hook_attn_out", "hook_mlp_out"]
-
-
-def as_floats(vector: Any) -> tuple[float, ...]:
-    """Any sequence or array of numbers as a tuple."""
-    return tuple(float(x) for x in vector)
+StreamSite = Literal["hook_resid_pre", "hook_resid_post", "hook_attn_out", "hook_mlp_out", "mlp.hook_post"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,7 +18,7 @@ class StreamEdit(Edit):
     """An edit of one stream of vectors.
 
     Attributes:
-        site: which: what the block is given or hands on, or what attention or the MLP adds.
+        site: which: what the block is given or hands on, what attention or the MLP adds, or the neurons of a dense MLP.
     """
 
     site: StreamSite = RESID_POST  # type: ignore[assignment]  # a constant of this value
@@ -33,14 +29,10 @@ class AlongVector(StreamEdit):
     """An edit along a direction.
 
     Attributes:
-        vector: d_model numbers.
+        vector: as many numbers as the stream is wide: d_model; for the neurons of an MLP their number.
     """
 
-    vector: tuple[float, ...] = ()
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        object.__setattr__(self, "vector", as_floats(self.vector))
+    vector: Sequence[float] = ()
 
 
 @edit("add")
@@ -79,15 +71,13 @@ class SetChannel(StreamEdit):
         above: only where |x| exceeds it; None for everywhere.
     """
 
-    channels: tuple[int, ...] | int = ()
-    values: tuple[float, ...] | None = None
+    channels: Sequence[int] | int = ()
+    values: Sequence[float] | None = None
     above: float | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
         object.__setattr__(self, "channels", as_tuple(self.channels))
-        if self.values is not None:
-            object.__setattr__(self, "values", as_floats(self.values))
 
 
 @edit("mask_head")
@@ -101,7 +91,7 @@ class MaskHead(Edit):
         block: which attention of a layer, as in sites.
     """
 
-    heads: tuple[int, ...] | int = ()
+    heads: Sequence[int] | int = ()
     how: Literal["zero", "uniform"] = "zero"
     block: str = "attn"
 
