@@ -14,11 +14,15 @@ from torch.utils.hooks import RemovableHandle
 from moescope.core.errors import InputError, RunError
 from moescope.core.sites import HEAD_K, HEAD_V, PATTERN, Site
 from moescope.probes.anatomy import Anatomy, Sublayer
-from moescope.probes.attention_pattern import asks_for_interface, patterns_tapped
+from moescope.probes.attention_pattern import asks_for_interface, patterns_tapped, slices_tapped
+from moescope.probes.attention_slices import PatternSlices, SliceTap
 from moescope.probes.block_outputs import runs_again
 from moescope.probes.head_vectors import KNOWN_CLASSES, HeadReading, head_vectors
 
 Receive = Callable[[Site, dict[str, torch.Tensor]], None]
+
+# The same place as `hook_pattern`, read in slices of queries; not a site of its own to those who list sites.
+PATTERN_SLICES = "hook_pattern_slices"
 
 # Older classes, which compute attention by themselves, and hand their probabilities on as the second output.
 _OWN_EAGER = (
@@ -66,6 +70,12 @@ def attention_refusals(model: nn.Module, anatomy: Anatomy) -> dict[Site, str]:
     return {site: reason for site, reason in reasons.items() if reason is not None}
 
 
+def reducible_sites(model: nn.Module, anatomy: Anatomy) -> dict[Site, nn.Module]:
+    """`attention_sites`, and the site `hook_pattern_slices` of every token mixer, also of those that will refuse it."""
+    slices = {Site(s.layer, s.block, PATTERN_SLICES): model.get_submodule(s.path) for s in _mixers(anatomy)}
+    return attention_sites(model, anatomy) | slices
+
+
 @contextmanager
 def tap_attention(model: nn.Module, anatomy: Anatomy, sites: Collection[Site], receive: Receive) -> Iterator[None]:
     """Call `receive(site, tensors)` whenever the model passes one of `sites`, which are among `attention_sites`.
@@ -75,6 +85,8 @@ def tap_attention(model: nn.Module, anatomy: Anatomy, sites: Collection[Site], r
             cache there are more keys than queries. In float32 beside sdpa, as the kernel used them where it is eager.
             Rows of a model with sinks sum to less than 1: the rest is the sink's. Rows of padding may hold anything.
             This tensor grows with the square of the length: a receiver must reduce it at once, never keep it whole.
+        `hook_pattern_slices`: slices, a `PatternSlices`: the same pattern in slices of queries, computed while one goes over
+            them, each [row, head, query, key] in float32. Of a mixer without a pattern it comes too, and says why.
         `hook_q`, `hook_k`, `hook_v`, `hook_z`: q, k, v, z [row, position, head, d_head], as
             `moescope.probes.head_vectors` defines them. With a KV cache, positions are the new ones.
 
@@ -85,11 +97,23 @@ def tap_attention(model: nn.Module, anatomy: Anatomy, sites: Collection[Site], r
     """
     by_place = {(s.layer, s.block): s for s in _mixers(anatomy)}
     patterns: list[tuple[nn.Module, Callable[[torch.Tensor], None]]] = []
+    slices: list[tuple[nn.Module, SliceTap]] = []
     with ExitStack() as stack:
         for site in sites:
             s = by_place[site.layer, site.block]
             attention = model.get_submodule(s.path)
-            if site.tensor != PATTERN:
+            if site.tensor == PATTERN_SLICES:
+                give = _slices_giver(site, receive)
+                reason = _why_no_slices(model, attention, s, anatomy)
+                if reason is not None:
+                    stack.callback(
+                        attention.register_forward_pre_hook(_refusing_hook(give, reason), with_kwargs=True).remove
+                    )
+                elif asks_for_interface(attention):
+                    slices.append((attention, give))
+                else:
+                    stack.callback(attention.register_forward_hook(_own_slices_hook(give)).remove)
+            elif site.tensor != PATTERN:
                 for handle in _head_hooks(site, attention, _readings(attention, s, anatomy)[site], receive):
                     stack.callback(handle.remove)
             elif asks_for_interface(attention):
@@ -98,6 +122,8 @@ def tap_attention(model: nn.Module, anatomy: Anatomy, sites: Collection[Site], r
                 stack.callback(attention.register_forward_hook(_own_pattern_hook(site, receive)).remove)
         if patterns:
             stack.enter_context(patterns_tapped(patterns))
+        if slices:
+            stack.enter_context(slices_tapped(slices))
         yield
 
 
@@ -169,12 +195,45 @@ def _pattern_tap(site: Site, receive: Receive) -> Callable[[torch.Tensor], None]
 
 def _own_pattern_hook(site: Site, receive: Receive) -> Callable[[nn.Module, Any, Any], None]:
     def hook(module: nn.Module, _inputs: Any, output: tuple[Any, ...]) -> None:
-        if output[1] is None:
-            raise InputError(
-                f"{type(module).__name__} did not show its pattern",
-                found="a kernel that does not give its probabilities",
-                fix='load the model with attn_implementation="eager"',
-            )
-        receive(site, {"pattern": output[1]})
+        receive(site, {"pattern": _own_pattern(module, output)})
 
     return hook
+
+
+def _own_slices_hook(give: SliceTap) -> Callable[[nn.Module, Any, Any], None]:
+    def hook(module: nn.Module, _inputs: Any, output: tuple[Any, ...]) -> None:
+        give(PatternSlices.of_whole(_own_pattern(module, output)))
+
+    return hook
+
+
+def _own_pattern(module: nn.Module, output: tuple[Any, ...]) -> torch.Tensor:
+    if output[1] is None:
+        raise InputError(
+            f"{type(module).__name__} did not show its pattern",
+            found="a kernel that does not give its probabilities",
+            fix='load the model with attn_implementation="eager"',
+        )
+    pattern: torch.Tensor = output[1]
+    return pattern
+
+
+def _slices_giver(site: Site, receive: Receive) -> SliceTap:
+    def give(slices: PatternSlices) -> None:
+        receive(site, {"slices": slices})  # type: ignore[dict-item]  # made of tensors, with a device as they have
+
+    return give
+
+
+def _refusing_hook(give: SliceTap, reason: str) -> Callable[[nn.Module, Any, Any], None]:
+    def hook(_module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
+        given = next(t for t in (*inputs, *named.values()) if isinstance(t, torch.Tensor))
+        give(PatternSlices.none(given.device, reason))
+
+    return hook
+
+
+def _why_no_slices(model: nn.Module, attention: nn.Module, s: Sublayer, anatomy: Anatomy) -> str | None:
+    if runs_again(model.get_submodule(anatomy.block_paths[s.layer])):
+        return "its blocks run several times in one pass"
+    return _why_no_pattern(attention, s)

@@ -10,6 +10,7 @@ from math import ceil
 import numpy as np
 import torch
 
+from moescope.probes.attention_reduced import query_heads
 from moescope.probes.corpus_counts import CorpusCounts
 from moescope.probes.measured_pass import Measured
 from moescope.probes.plan import Cost, Plan
@@ -109,6 +110,7 @@ class RunEstimate:
             labels_a_batch=counts.labels_a_batch,
             text_bytes=counts.text_bytes,
             vectors=self.vectors if VECTORS in probes else (),
+            heads=query_heads(self.recording.model) if "attention" in probes else (),
             sampled=self._sampled(sample),
             batches_a_chunk=max(1, int(CHUNK_SECONDS / batch_seconds)) if batch_seconds else None,
         )

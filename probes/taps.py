@@ -26,7 +26,13 @@ from moescope.core.sites import (
     Site,
 )
 from moescope.probes.anatomy import Anatomy, Sublayer
-from moescope.probes.attention_taps import attention_refusals, attention_sites, tap_attention
+from moescope.probes.attention_taps import (
+    PATTERN_SLICES,
+    attention_refusals,
+    attention_sites,
+    reducible_sites,
+    tap_attention,
+)
 from moescope.probes.decision_readers import READERS
 from moescope.probes.expert_slots import SlotTap, slots_tapped
 from moescope.probes.foreign.taps import foreign_taps
@@ -115,7 +121,7 @@ def _missing(model: nn.Module, anatomy: Anatomy, wanted: dict[str, list[Site]]) 
     for kinds, find in (
         (("decision", "logits", "slots"), _routing_sites),
         (("stream",), stream_sites),
-        (("attention",), attention_sites),
+        (("attention",), reducible_sites),
     ):
         if asked := [site for kind in kinds for site in wanted.get(kind, ())]:
             known = set(find(model, anatomy))
@@ -130,7 +136,7 @@ def _kind(site: Site) -> str:
         return "logits"
     if site.tensor in (EXPERT_OUT, EXPERT_POST):
         return "slots"
-    return "attention" if site.tensor in (PATTERN, HEAD_Q, HEAD_K, HEAD_V, HEAD_Z) else "stream"
+    return "attention" if site.tensor in (PATTERN, PATTERN_SLICES, HEAD_Q, HEAD_K, HEAD_V, HEAD_Z) else "stream"
 
 
 def _moe(anatomy: Anatomy, site: Site) -> Sublayer:

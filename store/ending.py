@@ -11,6 +11,7 @@ import duckdb
 from moescope.core.errors import RunError
 from moescope.core.json_data import to_json
 from moescope.store.coverage import Expectation, settle
+from moescope.store.head_totals import fold_heads
 from moescope.store.run import Run
 from moescope.store.store import Store, forget_begun
 from moescope.store.transaction import transaction
@@ -19,7 +20,7 @@ from moescope.store.transaction import transaction
 def end_run(
     store: Store, run: Run, expectations: Sequence[Expectation], summary: dict[str, Any], *, failed: bool
 ) -> None:
-    """Write the ledger and the status: `complete` only if the ledger is full, `failed` where recording broke.
+    """Write totals of heads, the ledger and the status: `complete` only if the ledger is full, `failed` where recording broke.
 
     Where even that cannot be written (a full disk), the run keeps the status `running`, which the next program that
     opens the store turns into `incomplete`.
@@ -27,6 +28,7 @@ def end_run(
     connection = store.connection
     try:
         with transaction(connection):
+            fold_heads(connection, run.run_id)
             full = settle(connection, run.run_id, expectations)
             status = "failed" if failed else "complete" if full else "incomplete"
             connection.execute(

@@ -13,6 +13,7 @@ from typing import Any
 import duckdb
 
 from moescope.core.errors import InputError, StoreError
+from moescope.store.head_totals import other_heads
 from moescope.store.merge_plan import MergePlan, Segment
 from moescope.store.merge_shards import Shard
 from moescope.store.schema import TABLES, Column, Table
@@ -20,7 +21,7 @@ from moescope.store.store import Store
 
 ROWS_A_PIECE = 122_880
 # Tables that a merge makes anew, or joins in a way of their own.
-_OWN_WAY = frozenset({"runs", "layers", "vocabulary", "coverage", "activations", "loads", "experts"})
+_OWN_WAY = frozenset({"runs", "layers", "vocabulary", "coverage", "activations", "loads", "experts", "heads"})
 
 
 def copied_tables() -> tuple[Table, ...]:
@@ -140,13 +141,16 @@ def _insert(
 
 
 def _check_foreign(source: Store, shard: Shard) -> None:
-    for table in foreign_tables():
-        count = source.fetch(f'SELECT count(*) FROM "{table.name}" WHERE run_id = ?', [shard.run_id])[0][0]
+    counts = {
+        table.name: source.fetch(f'SELECT count(*) FROM "{table.name}" WHERE run_id = ?', [shard.run_id])[0][0]
+        for table in foreign_tables()
+    }
+    for table, count in {**counts, "heads": other_heads(source.connection, shard.run_id)}.items():
         if count:
             raise InputError(
-                f"{shard.path} cannot be merged: nothing says how rows of {table.name} are put together",
+                f"{shard.path} cannot be merged: nothing says how rows of {table} are put together",
                 found=f"{count:,} rows",
-                fix=f"delete them from the shard, and compute {table.name} from the merged run",
+                fix=f"delete them from the shard, and compute {table} from the merged run",
             )
 
 

@@ -14,6 +14,7 @@ import duckdb
 from moescope.core.errors import InputError, RunError
 from moescope.core.json_data import to_json
 from moescope.store.coverage import settle
+from moescope.store.head_totals import fold_heads
 from moescope.store.measured_bytes import bytes_before, note_costs
 from moescope.store.merge_ledger import expectations, summary
 from moescope.store.merge_memory import bounded_memory
@@ -113,6 +114,7 @@ def _join(
         say(step)
     say("adding up")
     fold_totals(connection, run_id, plan)
+    fold_heads(connection, run_id)
     missing = plan.missing
     reason = f"{stopped}; {missing}" if missing and stopped else missing
     ledger = expectations(plan, stopped=reason)

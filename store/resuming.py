@@ -21,7 +21,7 @@ from moescope.store.transaction import transaction
 _FREE = {"corpus", "planned", "threads"}
 _LOADS = "layer, block, label, phase, expert, tokens, weight_sum"
 _EXPERTS = """layer, block, expert, tokens, weight_sum, norm_sum, weighted_norm_sum, max_abs_out, max_abs_channel,
-    max_abs_token, neurons, active, zeros"""
+    max_abs_token, neurons, active, zeros, expert < 0 AS shared"""
 Partial = TypeVar("Partial", LoadPartial, ExpertPartial)
 
 
@@ -46,7 +46,7 @@ class Stopped:
     generated: int = 0
     state: dict[str, Any] = field(default_factory=dict)
     loads: dict[tuple[int, str, str | None, str], LoadPartial] = field(default_factory=dict)
-    experts: dict[tuple[int, str], ExpertPartial] = field(default_factory=dict)
+    experts: dict[tuple[int, str, bool], ExpertPartial] = field(default_factory=dict)
     shards: dict[str, int] = field(default_factory=dict)
     seconds: float = 0.0
 
@@ -145,9 +145,13 @@ def _expert_partials(store: Store, run: Run, widths: Mapping[tuple[int, str], in
     }
 
     def made(layer: int, block: str, rows: pa.Table) -> ExpertPartial:
-        return ExpertPartial(layer, block, *_spread(rows, widths[layer, block], **empty))
+        shared = bool(rows["shared"][0].as_py())
+        width = -min(rows["expert"].to_pylist()) if shared else widths[layer, block]
+        partial = ExpertPartial(layer, block, *_spread(rows, width, **empty))
+        partial.shared = shared
+        return partial
 
-    yield from _partials(store, run, "expert_partials", _EXPERTS, ("layer", "block"), made)
+    yield from _partials(store, run, "expert_partials", _EXPERTS, ("layer", "block", "shared"), made)
 
 
 def _partials(
@@ -174,6 +178,7 @@ def _partials(
 def _spread(rows: pa.Table, width: int, **empty: float) -> list[Any]:
     """Columns by expert, as arrays over all experts; those without a row have the empty value."""
     expert = rows["expert"].to_numpy()
+    expert = np.where(expert < 0, -1 - expert, expert)
     found = []
     for name, value in empty.items():
         given = rows[name].to_numpy()

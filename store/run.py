@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 UNSAID_END = "the recording process ended without saying so; committed batches are whole"
 _JSON_COLUMNS = ("intervention", "settings", "versions", "summary", "anatomy")
 
+# Tables whose rows belong to a run by another column.
+_OWNER = {"effects": "base_run_id"}
+
 
 class Run:
     """A run in a store; found with `store.run(name)`, made by `moescope.record`.
@@ -94,14 +97,18 @@ class Run:
         }
 
     def table(self, name: str) -> duckdb.DuckDBPyRelation:
-        """One table or view, limited to this run, as a DuckDB relation; raises `InputError` for a name that is none."""
+        """One table or view, limited to this run, as a DuckDB relation; raises `InputError` for a name that is none.
+
+        Of `effects`, those measured against this run.
+        """
         self._check_table(name)
-        return self.store.sql(f'SELECT * EXCLUDE (run_id) FROM "{name}" WHERE run_id = $run', {"run": self.run_id})
+        owner = _OWNER.get(name, "run_id")
+        return self.store.sql(f'SELECT * EXCLUDE ({owner}) FROM "{name}" WHERE {owner} = $run', {"run": self.run_id})
 
     def rows(self, table: str) -> int:
         """How many rows of a table or view belong to this run."""
         self._check_table(table)
-        query = f'SELECT count(*) FROM "{table}" WHERE run_id = ?'
+        query = f'SELECT count(*) FROM "{table}" WHERE {_OWNER.get(table, "run_id")} = ?'
         return int(self.store.fetch(query, [self.run_id])[0][0])
 
     def sql(self, query: str, parameters: Mapping[str, Any] | None = None) -> duckdb.DuckDBPyRelation:

@@ -54,6 +54,7 @@ class RunShape:
         labels, labels_a_batch: labels of the corpus, and how many a batch holds on average.
         text_bytes: UTF-8 bytes of texts, sources and metadata.
         vectors, sampled: sites at which vectors are kept, and how many tokens the sample takes.
+        heads: query heads of each attention whose pattern is reduced.
         batches_a_chunk: batches that are recorded in the half minute that a transaction lasts at most; None for enough.
 
     Example:
@@ -76,6 +77,7 @@ class RunShape:
     text_bytes: int = 0
     vectors: tuple[VectorShape, ...] = ()
     sampled: int = 0
+    heads: tuple[int, ...] = ()
     batches_a_chunk: int | None = None
 
     @property

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from moescope.store.sql_text import literal
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 
 
 @dataclass(frozen=True)
@@ -46,6 +46,9 @@ _EXPERT = Column("expert", "INTEGER", "expert id; null experts follow the routed
 _BATCH = Column("batch", "INTEGER", "0-based number of the batch in the plan")
 _VALUE = Column("value", "DOUBLE", "the value")
 _METRIC = Column("metric", "VARCHAR", "what was measured")
+_HEAD = Column("head", "INTEGER", "query head")
+_CONDITION = Column("condition", "VARCHAR", "under which it was measured; base for the run as it was recorded")
+_ATTENTION = Column("block", "VARCHAR", "the attention it is a head of: attn, attn.1, …")
 _KIND = Column("kind", "VARCHAR", "target or control")
 _LOAD = (
     Column("label", "VARCHAR", "label of the document, null where it has none"),
@@ -275,11 +278,26 @@ TABLES: tuple[Table, ...] = (
         (
             _RUN,
             _LAYER,
-            Column("head", "INTEGER", "query head"),
+            _HEAD,
             _METRIC,
-            Column("condition", "VARCHAR", "under which it was measured"),
+            _CONDITION,
             _VALUE,
             Column("n", "BIGINT", "observations behind the value"),
+            _ATTENTION,
+        ),
+    ),
+    Table(
+        "head_sequences",
+        "one row a sequence, attention, metric and condition, all heads of it; heads is made from it",
+        (
+            _RUN,
+            _SEQUENCE,
+            _LAYER,
+            _ATTENTION,
+            _METRIC,
+            _CONDITION,
+            Column("sums", "FLOAT[]", "sum over the observations, by query head; value = sum ÷ n"),
+            Column("n", "BIGINT", "observations (queries) behind each sum"),
         ),
     ),
     Table(

@@ -19,11 +19,19 @@ TABLES_OF: Mapping[str, tuple[str, ...]] = {
     "residual": ("residual", "residual_sequences"),
     "router_logits": ("router_logits",),
     "expert_outputs": ("expert_outputs",),
+    "attention": ("head_sequences", "heads"),
 }
 # DuckDB moves its log into the file beyond 16 MiB. Bytes of a row in the log: of each value as it is, and of what all rows
 # have; the log of recordings holds 60 a row of `routing` or `residual` and 87 a token of the rest.
 _LOG_LIMIT = 16 << 20
-_LOGGED = {"tokens": 70, "sequences": 200, "vocabulary": 50, "load_partials": 80, "expert_partials": 130}
+_LOGGED = {
+    "tokens": 70,
+    "sequences": 200,
+    "vocabulary": 50,
+    "load_partials": 80,
+    "expert_partials": 130,
+    "head_sequences": 90,
+}
 _LOGGED_ROW, _LOGGED_LIST_VALUE = 60, 5
 # Blocks of a file besides those of tables that probes write: runs (two: what a run took is noted once its row lies in the
 # file), layers, coverage, store_info, the directory, two indexes of runs. A further run adds to the first three alone.
@@ -125,6 +133,7 @@ def _logged(table: str, rows: int, shape: RunShape) -> float:
         "routing": sum(2 * r.top_k for r in shape.routers) / max(1, len(shape.routers)),
         "router_logits": sum(r.choices for r in shape.routers) / max(1, len(shape.routers)),
         "expert_outputs": sum(r.top_k for r in shape.routers) / max(1, len(shape.routers)),
+        "head_sequences": sum(shape.heads) / max(1, len(shape.heads)),
     }
     text = shape.text_bytes / max(1, shape.sequences) if table == "sequences" else 0
     return rows * (_LOGGED.get(table, _LOGGED_ROW) + _LOGGED_LIST_VALUE * lists.get(table, 0) + text)

@@ -29,6 +29,8 @@ _PACKED_TOGETHER = 2048
 _RUN_OF_EQUALS = 10.0  # bytes; sequence ids come in runs
 _NAME = 0.13  # bytes of a value of a column that holds next to one text: block, phase
 _DIGEST = 66.5  # a SHA-256 in hexadecimal, which nothing compresses
+# Metrics of attention that a probe keeps of each head (one more where the softmax has a logit of its own), and bytes of a sum.
+_HEAD_METRICS, _HEAD_SUM = 29, 3.4
 _PIECE_OF_TEXT = 16.0  # a row of `vocabulary`: id, bytes, text
 
 Columns = list[float]
@@ -104,6 +106,8 @@ _ROWS: Mapping[str, Callable[[RunShape], int]] = {
     "residual_sequences": lambda s: s.sequences * s.layers,
     "router_logits": lambda s: s.tokens * sum(r.logits for r in s.routers),
     "expert_outputs": lambda s: s.tokens * sum(r.inside for r in s.routers),
+    "head_sequences": lambda s: s.sequences * len(s.heads) * _HEAD_METRICS,
+    "heads": lambda s: sum(s.heads) * _HEAD_METRICS,
     "batches": lambda s: s.batches,
 }
 
@@ -188,5 +192,11 @@ _COLUMNS: Mapping[str, Callable[[RunShape, Mapping[str, float]], Columns]] = {
     "residual_sequences": lambda s, floats: [0.55, 0.42, floats["residual_sequences.median_abs"]],
     "router_logits": _lists("router_logits.logits", lambda r: r.choices),
     "expert_outputs": _lists("expert_outputs.norms", lambda r: r.top_k),
+    "head_sequences": lambda s, _: [
+        *(bits(s.batch_tokens / max(1.0, s.longest)) + 0.3, 0.1, _NAME, bits(_HEAD_METRICS), _NAME),
+        _HEAD_SUM * sum(s.heads) / max(1, len(s.heads)),
+        bits(s.longest),
+    ],
+    "heads": lambda s, _: [0.1, bits(max(s.heads, default=1)), bits(_HEAD_METRICS), _NAME, 7.2, 2.0, _NAME],
     "batches": lambda s, _: [6.0],
 }

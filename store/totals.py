@@ -26,6 +26,11 @@ class LoadPartial:
     weight_sum: Doubles
 
     @property
+    def ids(self) -> Ints:
+        """Expert of each place of the arrays."""
+        return np.arange(len(self.tokens))
+
+    @property
     def key(self) -> tuple[int, str, str | None, str]:
         """What is summed together."""
         return self.layer, self.block, self.label, self.phase
@@ -42,7 +47,7 @@ class ExpertPartial:
 
     `max_abs_token` is the run-wide token, −1 where the expert was not chosen; on equal maxima the earlier token stays.
     `neurons` counts values of neurons seen, `active` and `zeros` those over the threshold and those exactly zero; all are 0
-    where neurons cannot be seen.
+    where neurons cannot be seen. Where `shared`, the arrays are by shared expert, whose ids are −1, −2, ….
     """
 
     layer: int
@@ -57,11 +62,18 @@ class ExpertPartial:
     neurons: Ints
     active: Ints
     zeros: Ints
+    shared: bool = False
 
     @property
-    def key(self) -> tuple[int, str]:
+    def key(self) -> tuple[int, str, bool]:
         """What is summed together."""
-        return self.layer, self.block
+        return self.layer, self.block, self.shared
+
+    @property
+    def ids(self) -> Ints:
+        """Expert of each place of the arrays."""
+        places = np.arange(len(self.tokens))
+        return -1 - places if self.shared else places
 
     def fold(self, later: ExpertPartial) -> None:
         """Add the partial of a later batch."""
@@ -111,7 +123,9 @@ def _rows(
     columns = {name: pa.array(np.full(len(of), value)) for name, value in extra.items()}
     columns |= {"layer": repeated("layer", pa.uint16()), "block": repeated("block", pa.string())}
     columns |= {name: repeated(name, kind) for name, kind in keys.items()}
-    columns["expert"] = pa.array(np.concatenate(kept).astype(np.int32))
+    columns["expert"] = pa.array(
+        np.concatenate([p.ids[k] for p, k in zip(partials, kept, strict=True)]).astype(np.int32)
+    )
     for name in values:
         columns[name] = pa.array(np.concatenate([getattr(p, name)[k] for p, k in zip(partials, kept, strict=True)]))
     return pa.table(columns)

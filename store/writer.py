@@ -91,7 +91,7 @@ class RunWriter:
         self._since = time.monotonic()
         self._progress = progress
         self._loads: dict[tuple[int, str, str | None, str], LoadPartial] = after.loads if after else {}
-        self._experts: dict[tuple[int, str], ExpertPartial] = after.experts if after else {}
+        self._experts: dict[tuple[int, str, bool], ExpertPartial] = after.experts if after else {}
         self._shards: dict[str, int] = after.shards if after else {}
         self.committed_batches = 0
         self._thread = threading.Thread(target=self._work, name="moescope-writer", daemon=True)

@@ -55,7 +55,7 @@ def test_content_shape_and_order_are_the_same_and_the_file_is_smaller(full: Path
         store.begin_run(name="next")
         store.connection.execute("DELETE FROM runs WHERE name = 'next'")
     assert done.before == size
-    assert done.after < 0.7 * done.before
+    assert done.after < 0.75 * done.before  # every table with a row takes blocks of its own, before and after
     assert _whole(full) == before
     assert full.stat().st_mode & 0o777 == 0o640
     assert [p.name for p in full.parent.iterdir()] == [full.name]

@@ -268,7 +268,7 @@ def altered(path: Path, target: Path, *statements: str) -> Path:
             "UPDATE batches SET first_sequence = first_sequence + 1",
             ["not parts of one plan", "batch 3", "2 sequences from 6"],
         ),
-        ("INSERT INTO heads SELECT run_id, 0, 0, 'm', 'c', 1, 1 FROM runs", ["rows of heads are put together"]),
+        ("INSERT INTO heads SELECT run_id, 0, 0, 'm', 'c', 1, 1, 'attn' FROM runs", ["rows of heads are put together"]),
         (
             "UPDATE coverage SET recorded = recorded - 1, status = 'short' WHERE site LIKE '%expert_indices'",
             ["overlaps other shards in part"],
@@ -501,9 +501,18 @@ def test_every_table_of_runs_is_merged_or_refused() -> None:
     of_runs = {table.name for table in TABLES if any(c.name == "run_id" for c in table.columns)}
     copied, foreign = ({table.name for table in tables} for tables in (copied_tables(), foreign_tables()))
     own_way = of_runs - copied - foreign
-    assert own_way == {"runs", "layers", "vocabulary", "coverage", "activations", "loads", "experts"}
+    assert own_way == {"runs", "layers", "vocabulary", "coverage", "activations", "loads", "experts", "heads"}
     assert not copied & foreign
-    assert {"routing", "tokens", "residual", "router_logits", "massive_activations", "sequences", "batches"} <= copied
+    assert {
+        "routing",
+        "tokens",
+        "residual",
+        "router_logits",
+        "massive_activations",
+        "sequences",
+        "batches",
+        "head_sequences",
+    } <= copied
     moved = {(t.name, c.name) for t in TABLES for c in t.columns if is_token(c)}
     told = {(t.name, c.name) for t in TABLES for c in t.columns if "token" in c.name and c.type == "BIGINT"}
     assert told - moved == {(t.name, "tokens") for t in TABLES for c in t.columns if c.name == "tokens"}

@@ -35,6 +35,7 @@ COMPUTED = {
     ("expert_partials", "neurons"): lambda _: 0,
     ("expert_partials", "active"): lambda _: 0,
     ("expert_partials", "zeros"): lambda _: 0,
+    ("heads", "block"): lambda _: "attn",
     ("activations", "shard"): lambda row: row["rows"],  # planted: path and rows both grow with the shard's number
 }
 
