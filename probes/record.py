@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 from moescope.core.errors import InputError, MoescopeError
+from moescope.core.intervention import Intervention
 from moescope.core.site_names import read_site
 from moescope.core.sites import Site
 from moescope.core.versions import library_versions
@@ -16,6 +18,7 @@ from moescope.probes.batches import Batch, BatchPlan, Side
 from moescope.probes.choices import check_part, check_room, check_sizes, chosen_probes, longest
 from moescope.probes.claim import claimed
 from moescope.probes.corpus import Corpus, CorpusFacts
+from moescope.probes.effects.edited_recording import EditedRecording
 from moescope.probes.failures import explained, reason_of
 from moescope.probes.live_model import LiveModel
 from moescope.probes.passes import BatchSteps, Passes, joined
@@ -43,6 +46,7 @@ def record(
     probes: Sequence[str] | None = None,
     sites: Sequence[str | Site] = (),
     sample: float = 1.0,
+    intervention: Intervention | None = None,
     generate: int = 0,
     batch_size: int = 8,
     max_length: int = 512,
@@ -64,6 +68,8 @@ def record(
         sites: where to keep whole vectors as well (probe `activations`): `blocks.3.hook_resid_post`, or any other
             spelling of a site that `moescope.core.site_names.read_site` knows.
         sample: share of the tokens whose vectors are kept there, chosen by hash(seed, sequence, position); 0 < sample ≤ 1.
+        intervention: record the model as these edits change it; None for the model as it is. The run says so wherever it is
+            shown. Routers whose decisions are edited have no margin (their rule does not give what the experts were given).
         generate: continue every sequence greedily by up to so many tokens, with the model's cache, and record those
             too (phase `decode`). A sequence ends early after its end-of-sequence token.
         batch_size: sequences a forward pass.
@@ -87,9 +93,10 @@ def record(
 
     Raises:
         InputError: a name that is taken, a corpus that cannot be read, a probe that this model has no use for, a site that
-            it does not have, a model that cannot generate or is being recorded already, a budget that nothing fits.
-        RunError: taps change the model's logits; or the disk, the model or the device failed on the way: whole chunks
-            written before stay, status `failed`.
+            it does not have, a model that cannot generate or is being recorded already, a budget that nothing fits, edits
+            that the model cannot take, or edits of a run that generates or has a budget.
+        RunError: taps change the model's logits; or the disk, the model or the device failed on the way, or logits are NaN
+            after an edit: whole chunks written before stay, status `failed`.
         KeyboardInterrupt: after Ctrl-C, once what was recorded is safe; status `incomplete`.
 
     Example:
@@ -112,6 +119,8 @@ def record(
         "seed": seed,
     }
     planned = None
+    if budget is not None and intervention is not None:
+        raise InputError("a budget is for runs without edits", fix="leave out the budget, or the intervention")
     if budget is not None:
         from moescope.probes.budgeted import budgeted  # which itself records a few batches
 
@@ -119,7 +128,17 @@ def record(
             model, corpus, store, name=name, budget=budget, resume=resume, progress=progress, asked=asked
         )
         asked |= kept
-    recording = Recording(model, corpus, store, name=name, resume=resume, batches=batches, planned=planned, **asked)
+    recording = Recording(
+        model,
+        corpus,
+        store,
+        name=name,
+        intervention=intervention,
+        resume=resume,
+        batches=batches,
+        planned=planned,
+        **asked,
+    )
     return recording.run(progress=progress)
 
 
@@ -136,6 +155,7 @@ class Recording:
         probes: Sequence[str] | None = None,
         sites: Sequence[str | Site] = (),
         sample: float = 1.0,
+        intervention: Intervention | None = None,
         generate: int = 0,
         batch_size: int = 8,
         max_length: int = 512,
@@ -151,6 +171,7 @@ class Recording:
             raise InputError(f"{store.path} is open for reading only", fix="open it with Store(path)")
         check_room(store)
         self.model, self.corpus, self.store, self.name, self.seed = model, corpus, store, name, seed
+        self.edits = None if intervention is None else EditedRecording(model, intervention, store, generate=generate)
         self.generate, self.planned, self._bytes_before = generate, planned, 0
         self.side: Side = "left" if padding == "left" or (generate and padding is None) else "right"
         read = tuple(dict.fromkeys(read_site(site, model.anatomy) for site in sites))
@@ -161,7 +182,7 @@ class Recording:
         self.batches = batches
         self.walk = None if batches is None else PlanWalk(self.plan)
         self.context = ProbeContext(
-            model.anatomy,
+            model.anatomy if self.edits is None else self.edits.anatomy,
             model.tokenizer,
             sites=read,
             share=sample,
@@ -176,7 +197,15 @@ class Recording:
 
     def _looked_first(self) -> list[Probe]:
         """The probes, once what the run will do was tried."""
-        return look_first(self.model, self.plan, self.entries, self.context, side=self.side, generate=self.generate)
+        return look_first(
+            self.model,
+            self.plan,
+            self.entries,
+            self.context,
+            side=self.side,
+            generate=self.generate,
+            edits=self.edits,
+        )
 
     def _stopped(self) -> Stopped | None:
         """The run of this name as it was left, if there is one."""
@@ -234,12 +263,20 @@ class Recording:
         raise explained(failure) from failure
 
     def _forward_passes(self, passes: Passes, writer: RunWriter, started: float, *, progress: bool) -> None:
-        with RunProgress(f"recording {self.name}", self.facts.characters, shown=progress) as bar, passes.open():
+        with (
+            RunProgress(f"recording {self.name}", self.facts.characters, shown=progress) as bar,
+            nullcontext() if self.edits is None else self.edits.open(),
+            passes.open(),
+        ):
             for batch in self._planned():
                 if self.before is not None and batch.number < self.before.batches:
                     bar.advance_to(batch.characters, self.tokens, time.perf_counter() - started)
                     continue
+                if self.edits is not None:
+                    self.edits.begin(batch.sequences)
                 finish = passes.run(batch)
+                if self.edits is not None:
+                    self.edits.check()
                 # Counted before they are handed over: whatever interrupts here, nothing is in the store uncounted.
                 self.prefilled += batch.tokens
                 self.sequences += len(batch.sequences)
@@ -294,6 +331,7 @@ class Recording:
             "corpus": self.corpus.name,
             **self.model.settings(),
             **({"batches": [self.batches.start, self.batches.stop]} if self.batches is not None else {}),
+            **({} if self.edits is None else {"intervention": self.edits.as_json()}),
         }
 
     def _begin(self) -> Run:
@@ -311,8 +349,9 @@ class Recording:
             seed=self.seed,
             corpus_fingerprint=self.facts.fingerprint,
             anatomy=self.model.anatomy.facts(),
+            **({} if self.edits is None else {"intervention": self.edits.as_json()}),
         )
-        self.store.add_layers(run, [self._layer_row(s) for s in self.model.anatomy.sublayers])
+        self.store.add_layers(run, [self._layer_row(s) for s in self.context.anatomy.sublayers])
         return run
 
     def _layer_row(self, s: Sublayer) -> dict[str, Any]:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from itertools import islice
+from typing import TYPE_CHECKING
 
 from moescope.core.errors import InputError, MoescopeError
 from moescope.core.probe import ProbeEntry
@@ -16,6 +18,9 @@ from moescope.probes.live_model import LiveModel
 from moescope.probes.probe import Probe, ProbeContext
 from moescope.probes.rule_search import find_rules
 from moescope.probes.selfcheck import check_generation, check_left_padding, check_taps, first_look
+
+if TYPE_CHECKING:
+    from moescope.probes.effects.edited_recording import EditedRecording
 
 # Rules are found on so many tokens of the first sequences, each cut to that length.
 _RULE_TOKENS, _RULE_LENGTH = 512, 128
@@ -30,8 +35,11 @@ def look_first(
     *,
     side: Side,
     generate: int,
+    edits: EditedRecording | None = None,
 ) -> list[Probe]:
     """Put the routing rules into `context`, make the probes, and try on the first sequences what the run will do.
+
+    Rules are found on the model as it is; of a router whose decisions are edited there is none.
 
     Raises:
         InputError: no text gives a token; a model that cannot pad at this side, or cannot generate.
@@ -44,14 +52,18 @@ def look_first(
         )
     try:
         if any(entry.name == "routing" for entry in entries):
-            context.rules = find_rules(model, Batch(0, tuple(_enough(plan)), 0))
+            rules = find_rules(model, Batch(0, tuple(_enough(plan)), 0))
+            context.rules = rules if edits is None else edits.rules_left(rules)
         probes: list[Probe] = [entry.function(context) for entry in entries]
         look = to_device(first_look(first), model, side=side)
         if side == "left" and plan.batch_size > 1:
             check_left_padding(model, first_look(first))
         if generate:
             check_generation(model, look)
-        check_taps(model, look, probes, generate=generate > 0)
+        with nullcontext() if edits is None else edits.open():
+            if edits is not None:
+                edits.begin(first_look(first).sequences)
+            check_taps(model, look, probes, generate=generate > 0)
     except MoescopeError:
         raise
     except Exception as failure:  # whatever a model may raise, told as its failure

@@ -25,6 +25,9 @@ def doctor(
         bool,
         typer.Option("--families", help="Build every model type with experts in tiny form, record it, and list them."),
     ] = False,
+    edits: Annotated[
+        bool, typer.Option("--edits", help="List which edits the model takes, or with --families each model type.")
+    ] = False,
     markdown: Annotated[bool, typer.Option("--markdown", help="With --families: print the table as Markdown.")] = False,
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
@@ -34,6 +37,9 @@ def doctor(
 
     Example: moescope doctor demo
     """
+    if edits:
+        _edits(None if families else model, device, json=json, markdown=markdown)
+        return
     if families:
         _families(json=json, markdown=markdown)
         return
@@ -81,6 +87,35 @@ def _families(*, json: bool, markdown: bool) -> None:
         console.print(f"{full} of {len(found)} model types with experts are recorded completely")
     if any(s.recorded != "complete" for s in found):
         raise typer.Exit(3)
+
+
+def _edits(model: str | None, device: str, *, json: bool, markdown: bool) -> None:
+    from rich.console import Console
+
+    from moescope.probes.edits.support import edit_support
+    from moescope.probes.families.edit_families import COLUMNS, as_markdown, edit_families, refusal_rows
+    from moescope.probes.loading import load
+    from moescope.routing.phenomena.layer_ranges import layer_ranges
+
+    with Console(stderr=True).status("") as status:
+        if model is None:
+            found = edit_families(each=lambda name: status.update(f"trying edits on a tiny {name}"))
+        else:
+            found = {model: edit_support(load(model, device=device))}
+    if json:
+        as_json({name: [vars(s) for s in supports.values()] for name, supports in found.items()})
+    elif markdown:
+        typer.echo(as_markdown(found), nl=False)
+    elif model is None:
+        table(COLUMNS, refusal_rows(found))
+    else:
+        table(
+            ["", "edit", "layers", "why not elsewhere"],
+            [
+                ["✓" if s.works else "✗", s.edit, layer_ranges(s.layers) or "none", s.reason or ""]
+                for s in found[model].values()
+            ],
+        )
 
 
 def _versions() -> str:

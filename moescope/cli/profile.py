@@ -11,6 +11,7 @@ from moescope.cli.output import as_json, facts, news
 from moescope.core.errors import InputError
 
 if TYPE_CHECKING:
+    from moescope.core.intervention import Intervention
     from moescope.probes.corpus import Corpus
     from moescope.probes.live_model import LiveModel
     from moescope.probes.record import Recording
@@ -28,6 +29,13 @@ Data = Annotated[
 StorePath = Annotated[Path, typer.Option(help="DuckDB file to record into; made where it is not there.")]
 Name = Annotated[
     str | None, typer.Option(help="Name of the run.  [default: the model's, numbered]", show_default=False)
+]
+InterventionFile = Annotated[
+    Path | None,
+    typer.Option(
+        help="Record the model under this saved intervention (moescope intervene effect --save-intervention writes one).",
+        show_default=False,
+    ),
 ]
 Budget = Annotated[
     str | None,
@@ -99,6 +107,7 @@ def profile(
     probe: Probe = None,
     site: Sites = None,
     sample: Sample = 1.0,
+    intervention: InterventionFile = None,
     generate: Generate = 0,
     budget: Budget = None,
     batch_size: BatchSize = 8,
@@ -146,6 +155,7 @@ def profile(
             f"--{alone} is for one recording, and --workers makes many small ones",
             fix="leave out one of them",
         )
+    edits = _read_intervention(intervention, alone=not shared_out and budget is None and not time_plain)
     corpus = Corpus.load(data or "demo", text_field=text_field, label_field=label_field, skip_bad_lines=skip_bad_lines)
     found = corpus.facts()
     if data is None:
@@ -170,6 +180,7 @@ def profile(
         "max_length": max_length,
         "padding": padding,
         "seed": seed,
+        **({} if edits is None else {"intervention": edits}),
     }
     if shared_out and not dry_run:
         from moescope.probes.workers.record_with_workers import record_with_workers
@@ -191,8 +202,11 @@ def profile(
     read = [read_site(s, live.anatomy) for s in sites]
     chosen, left_out = chosen_probes(live, names, read)
     if dry_run:
+        if edits is not None:
+            _check_edits(live, edits, store)
         plan = {
             "model": repr(live),
+            **({} if edits is None else {"intervention": repr(edits)}),
             "run": run_name,
             "store": str(store),
             "probes": ", ".join(entry.name for entry in chosen),
@@ -215,6 +229,32 @@ def profile(
         run = recording.run(progress=not json)
         after = _plain_seconds(recording) if time_plain else 0.0
         _tell(run, store, report, (before + after) / 2 if time_plain else None, json=json)
+
+
+def _read_intervention(path: Path | None, *, alone: bool) -> Intervention | None:
+    """The saved intervention, if there is one; what cannot be recorded under one is refused."""
+    if path is None:
+        return None
+    if not alone:
+        raise InputError(
+            "--intervention is for one plain recording",
+            fix="leave out --workers, --ray-address, --budget and --time-plain",
+        )
+    from moescope.core.intervention import Intervention
+
+    return Intervention.load(path)
+
+
+def _check_edits(live: LiveModel, edits: Intervention, path: Path) -> None:
+    from moescope.probes.edits.checks import check_intervention
+    from moescope.probes.effects.sources import sources_of
+    from moescope.store.store import Store
+
+    if not path.exists():
+        check_intervention(live, edits)
+        return
+    with Store(path, read_only=True) as store:
+        check_intervention(live, edits, sources=sources_of(edits, store))
 
 
 def _recording(

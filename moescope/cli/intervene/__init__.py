@@ -4,6 +4,15 @@ from __future__ import annotations
 
 import typer
 
+from moescope.cli.intervene.contrast import contrast
+from moescope.cli.intervene.edits import edits
+from moescope.cli.intervene.effect import effect
+from moescope.cli.intervene.sweep import sweep
+
 group = typer.Typer(
     no_args_is_help=True, help="Change a model while it runs, and measure what the change does against controls."
 )
+group.command()(effect)
+group.command()(sweep)
+group.command()(contrast)
+group.command()(edits)
