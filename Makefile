@@ -17,10 +17,10 @@ demo: $(VENV)/.ready
 	@echo "Dashboard:  $(BIN)/moescope dashboard demo/runs.duckdb"
 
 test: $(VENV)/.ready-test browser lint types
-	$(BIN)/pytest -m "not slow and not gpu"
+	$(BIN)/pytest -n auto -m "not slow and not gpu"
 
 test-all: $(VENV)/.ready-test browser lint types
-	$(BIN)/pytest -m "not gpu"
+	$(BIN)/pytest -n auto -m "not gpu"
 
 test-gpu: $(VENV)/.ready-test
 	$(BIN)/pytest -m gpu

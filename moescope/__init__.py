@@ -11,9 +11,14 @@ from typing import TYPE_CHECKING, Any
 from moescope.core.versions import VERSION
 
 if TYPE_CHECKING:
+    from moescope import edits
     from moescope.analysis_api import analyses, analyze
+    from moescope.contrast_api import contrast
     from moescope.core.errors import IncompleteError, InputError, MoescopeError, RunError, StoreError
+    from moescope.core.intervention import Intervention
     from moescope.core.result import Result
+    from moescope.effect_api import effect
+    from moescope.phenomena_api import phenomena
     from moescope.probes.anatomy import Anatomy
     from moescope.probes.corpus import Corpus
     from moescope.probes.custom_layers import register_moe
@@ -24,6 +29,7 @@ if TYPE_CHECKING:
     from moescope.report.write import write_report
     from moescope.store.run import Run
     from moescope.store.store import Store
+    from moescope.sweep_api import sweep
 
 __version__ = VERSION
 
@@ -32,6 +38,7 @@ _HOME = {
     "Corpus": "moescope.probes.corpus",
     "IncompleteError": "moescope.core.errors",
     "InputError": "moescope.core.errors",
+    "Intervention": "moescope.core.intervention",
     "LiveModel": "moescope.probes.live_model",
     "MoescopeError": "moescope.core.errors",
     "Result": "moescope.core.result",
@@ -41,10 +48,14 @@ _HOME = {
     "StoreError": "moescope.core.errors",
     "analyses": "moescope.analysis_api",
     "analyze": "moescope.analysis_api",
+    "contrast": "moescope.contrast_api",
+    "effect": "moescope.effect_api",
     "load": "moescope.probes.loading",
+    "phenomena": "moescope.phenomena_api",
     "plan": "moescope.probes.planning",
     "record": "moescope.probes.record",
     "register_moe": "moescope.probes.custom_layers",
+    "sweep": "moescope.sweep_api",
     "write_report": "moescope.report.write",
 }
 
@@ -53,6 +64,7 @@ __all__ = [
     "Corpus",
     "IncompleteError",
     "InputError",
+    "Intervention",
     "LiveModel",
     "MoescopeError",
     "Result",
@@ -62,15 +74,22 @@ __all__ = [
     "StoreError",
     "analyses",
     "analyze",
+    "contrast",
+    "edits",
+    "effect",
     "load",
+    "phenomena",
     "plan",
     "record",
     "register_moe",
+    "sweep",
     "write_report",
 ]
 
 
 def __getattr__(name: str) -> Any:
+    if name == "edits":
+        return importlib.import_module("moescope.edits")
     if name not in _HOME:
         raise AttributeError(f"module 'moescope' has no attribute {name!r}; it has {', '.join(__all__)}")
     value = getattr(importlib.import_module(_HOME[name]), name)

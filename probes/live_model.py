@@ -17,8 +17,8 @@ from moescope.probes.anatomy import Anatomy, find_anatomy
 from moescope.probes.custom_layers import custom_layer
 
 if TYPE_CHECKING:
-    from moescope.core.result import Result
     from moescope.core.intervention import Intervention
+    from moescope.core.result import Result
     from moescope.probes.edits.session import Edited
     from moescope.probes.foreign.cache import SiteCache
 

@@ -93,7 +93,14 @@ class RunEstimate:
         anatomy, counts, generate = self.recording.model.anatomy, self.counts, self.recording.generate
         batch_seconds = self._pass_seconds() / counts.batches
         routers = [
-            RouterShape(s.top_k or 1, max(1, s.n_choices), s.has_logits, s.unreachable is None) for s in anatomy.moe
+            RouterShape(
+                s.top_k or 1,
+                max(1, s.n_choices),
+                s.has_logits,
+                s.unreachable is None,
+                bool(s.n_shared) and s.block == "mlp",
+            )
+            for s in anatomy.moe
         ]
         return RunShape(
             tokens=counts.tokens + counts.sequences * generate,

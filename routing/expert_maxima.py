@@ -12,6 +12,7 @@ from moescope.core.figures import CHANCE, SERIES, log_axis
 from moescope.core.result import Result
 from moescope.routing.context import around, pieces
 from moescope.routing.grid import layer_name
+from moescope.routing.phenomena.expert_names import expert_name
 from moescope.store.run import Run
 
 _SQL = """
@@ -48,7 +49,7 @@ def expert_maxima(run: Run, *, contexts: Natural = 40) -> Result:
     top, median = frame.iloc[0], float(frame["value"].median())
     title = (
         f"The largest expert output is {top['value']:,.4g}, from "
-        f"{layer_name(top['layer'], top['block'])}·E{top['expert']} at position "
+        f"{expert_name(int(top['layer']), str(top['block']), int(top['expert']))} at position "
         f"{top['position']}: {top['value'] / median:,.1f}× the median expert's maximum"
     )
     return Result(
@@ -74,9 +75,17 @@ def _draw(result: Result) -> go.Figure:
             mode="markers",
             name="expert",
             marker={"color": SERIES[0], "size": 8, "opacity": 0.7},
-            customdata=np.stack([frame["expert"], frame["channel"], frame["position"], frame["n"]], axis=-1),
-            hovertemplate="%{x}·E%{customdata[0]}: %{y:.4g}<br>channel %{customdata[1]}, position "
-            "%{customdata[2]}<br>%{customdata[3]:,} tokens<extra></extra>",
+            customdata=np.stack(
+                [
+                    [expert_name(int(r.layer), str(r.block), int(r.expert)) for r in frame.itertuples()],
+                    frame["channel"].astype(str),
+                    frame["position"].astype(str),
+                    frame["n"].map("{:,}".format),
+                ],
+                axis=-1,
+            ),
+            hovertemplate="%{customdata[0]}: %{y:.4g}<br>channel %{customdata[1]}, position "
+            "%{customdata[2]}<br>%{customdata[3]} tokens<extra></extra>",
         )
     )
     names = [layer_name(*place) for place in order]

@@ -14,12 +14,14 @@ class RouterShape:
         choices: experts that there are, null experts included.
         logits: whether the router's logits can be read.
         inside: whether the inside of its experts can be read.
+        shared: whether it has shared experts, which are one row of `experts`.
     """
 
     top_k: int
     choices: int
     logits: bool = True
     inside: bool = True
+    shared: bool = False
 
 
 @dataclass(frozen=True)

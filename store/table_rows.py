@@ -90,7 +90,7 @@ def _load_partials(shape: RunShape) -> int:
 
 
 def _expert_partials(shape: RunShape) -> int:
-    return round(shape.batches * sum(_chosen(r, shape.batch_tokens) for r in shape.routers if r.inside))
+    return round(shape.batches * sum(_chosen(r, shape.batch_tokens) + r.shared for r in shape.routers if r.inside))
 
 
 _ROWS: Mapping[str, Callable[[RunShape], int]] = {
@@ -100,7 +100,7 @@ _ROWS: Mapping[str, Callable[[RunShape], int]] = {
     "routing": lambda s: s.tokens * len(s.routers),
     "loads": _loads,
     "load_partials": _load_partials,
-    "experts": lambda s: sum(r.choices for r in s.routers if r.inside),
+    "experts": lambda s: sum(r.choices + r.shared for r in s.routers if r.inside),
     "expert_partials": _expert_partials,
     "residual": lambda s: s.tokens * s.layers,
     "residual_sequences": lambda s: s.sequences * s.layers,

@@ -15,6 +15,7 @@ from moescope.cli.export import export
 from moescope.cli.import_ import import_
 from moescope.cli.intervene import group as intervene
 from moescope.cli.merge import merge
+from moescope.cli.phenomena import phenomena
 from moescope.cli.plan import plan
 from moescope.cli.profile import profile
 from moescope.cli.runs import group as runs
@@ -32,6 +33,7 @@ app = typer.Typer(
 app.command()(plan)
 app.command()(profile)
 app.command()(analyze)
+app.command()(phenomena)
 app.command("import")(import_)
 app.command()(export)
 app.command()(merge)

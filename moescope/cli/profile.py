@@ -140,7 +140,7 @@ def profile(
     from moescope.probes.plan_budget import read_bytes
     from moescope.store.store import Store
 
-    _check_report(report)
+    check_report(report)
     check_sizes(batch_size, max_length, generate, sample, padding)
     budget = None if budget is None else str(read_bytes(budget))
     if time_plain and generate:
@@ -376,7 +376,8 @@ def _checked_name(path: Path, name: str | None, model: str, *, read_only: bool, 
     return name if name is not None else next(n for n in numbered if n not in taken)
 
 
-def _check_report(report: Path | None) -> None:
+def check_report(report: Path | None) -> None:
+    """Raise `InputError` before any work where a report could not be written there."""
     if report is None:
         return
     if report.suffix != ".html":

@@ -181,9 +181,7 @@ class Analysis:
             raise InputError(
                 f"{self.name} needs records that run {run.name!r} does not have",
                 expected=f"rows in {', '.join(missing)}",
-                fix=f"record with the probe{'s' * (len(missing) > 1)} that write{'s' * (len(missing) == 1)} "
-                f"{'it' if len(missing) == 1 else 'them'} (on a model that has them): "
-                f"{', '.join(sorted({PROBE_OF_TABLE.get(t, t) for t in missing}))}",
+                fix=_how_to_get(missing),
             )
         if not run.complete and not allow_incomplete:
             raise IncompleteError(
@@ -200,6 +198,20 @@ class Analysis:
         return {name: known[name].parse(value) for name, value in given.items()}
 
 
+def _how_to_get(missing: Sequence[str]) -> str:
+    """What to do for tables to have rows."""
+    if "effects" in missing:
+        return "measure an intervention against it: moescope intervene effect, or ms.effect"
+    if set(missing) <= {"heads", "head_sequences"}:
+        return "run the protocols (moescope phenomena MODEL), or record with the probe: attention"
+    probes = sorted({PROBE_OF_TABLE.get(table, table) for table in missing})
+    one = len(missing) == 1
+    return (
+        f"record with the probe{'s' * (not one)} that write{'s' * one} {'it' if one else 'them'} "
+        f"(on a model that has them): {', '.join(probes)}"
+    )
+
+
 # Which probe writes which table, for messages that say what to record.
 PROBE_OF_TABLE = {
     "loads": "routing",
@@ -208,6 +220,7 @@ PROBE_OF_TABLE = {
     "residual_sequences": "residual",
     "massive_activations": "residual",
     "heads": "attention",
+    "head_sequences": "attention",
     "sequences": "tokens",
 }
 

@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 
 from moescope.core.probe import probe
-from moescope.core.sites import EXPERT_OUT, EXPERT_POST, Site
+from moescope.core.sites import EXPERT_OUT, EXPERT_POST, SHARED_OUT, Site
 from moescope.probes.anatomy import Anatomy, Sublayer
 from moescope.probes.probe import Arrays, HostBatch, Probe, ProbeContext, Tensors, expectations_at, no_inside
 from moescope.probes.slot_reductions import neuron_counts, slot_reductions
@@ -18,12 +18,12 @@ from moescope.store.totals import ExpertPartial
 from moescope.store.writer import BatchRecords
 
 _SLOTS = "SELECT sum(tokens) FROM experts WHERE run_id = $run AND layer = $layer AND block = $block AND expert >= 0"
-# Null experts have no neurons to see.
+# Null experts have no neurons to see, and those of shared ones are not looked at.
 _NEURONS = """
 SELECT sum(CASE WHEN expert < n_experts THEN neurons // d_expert ELSE tokens END)
 FROM expert_partials
 JOIN layers USING (run_id, layer, block)
-WHERE run_id = $run AND layer = $layer AND block = $block
+WHERE run_id = $run AND layer = $layer AND block = $block AND expert >= 0
 """
 
 
@@ -36,6 +36,10 @@ class ExpertsProbe(Probe):
     |a| > `threshold`. With the threshold 0 that is the activation ratio of the Sparsing Law (arXiv 2411.02335) at an error of
     nothing, and 1 − `zero_share`: no number of ours is in it. A ReLU expert shows its sparsity so; a SiLU expert has
     next to no exact zeros, and what counts as small in it is for the user to say.
+
+    Shared experts are one row, with id −1: they run as one module, whatever number of them a family counts. Their output is
+    what they add to the routed ones, a gate of theirs included, so that their weight is 1; they take every token and have
+    no neurons here.
 
     Args:
         context: of the run.
@@ -53,11 +57,14 @@ class ExpertsProbe(Probe):
         return no_inside(anatomy)
 
     def sites(self, anatomy: Anatomy) -> list[Site]:
-        """The experts' neurons, which come with their outputs; the outputs alone where no neurons can be seen."""
-        return [experts_site(s) for s in anatomy.moe if s.unreachable is None]
+        """The experts' neurons, which come with their outputs; the outputs alone where no neurons can be seen; shared experts."""
+        reached = [s for s in anatomy.moe if s.unreachable is None]
+        return [experts_site(s) for s in reached] + [shared_site(s) for s in reached if has_shared(s)]
 
     def tap(self, site: Site, tensors: Tensors) -> Tensors:
         """Norm of every slot; for every expert the largest |output|, with slot and channel; neurons counted. No host read."""
+        if site.tensor == SHARED_OUT:
+            return _shared_kept(tensors)
         ids, mask = tensors["indices"], tensors["mask"]
         experts = self._sublayers[site.layer, site.block].n_choices
         out, slot = computed_slots(tensors)
@@ -82,6 +89,12 @@ class ExpertsProbe(Probe):
         for s in self.context.anatomy.moe:
             if kept := host.kept.get(experts_site(s)):
                 records.experts.append(self._partial(s, kept, host))
+            if s.unreachable is not None or not has_shared(s):
+                continue
+            if kept := host.kept.get(shared_site(s)):
+                records.experts.append(self._shared_partial(s, kept, host))
+            else:
+                self.context.report(Site(s.layer, s.block, EXPERT_OUT), "the output of its shared experts was not seen")
 
     def _partial(self, s: Sublayer, kept: Arrays, host: HostBatch) -> ExpertPartial:
         experts, k = s.n_choices, kept["ids"].shape[1]
@@ -116,8 +129,26 @@ class ExpertsProbe(Probe):
             zeros,
         )
 
+    def _shared_partial(self, s: Sublayer, kept: Arrays, host: HostBatch) -> ExpertPartial:
+        norms = kept["shared_norms"].take(host.real).astype(np.float64)
+        if not np.isfinite(norms).all():
+            problem = "some outputs of shared experts are NaN or infinite"
+            self.context.report(Site(s.layer, s.block, EXPERT_OUT), problem)
+        row_token = np.full(host.mask.size, -1, np.int64)
+        row_token[host.real] = host.token
+        tokens, total, none = np.array([len(norms)]), norms.sum(keepdims=True), np.zeros(1, np.int64)
+        channel, place = (kept[name].astype(np.int64) for name in ("shared_channel", "shared_winner"))
+        largest = kept["shared_largest"].astype(np.float32)
+        return ExpertPartial(
+            s.layer, s.block, tokens, tokens.astype(np.float64), total, total, largest, channel, row_token[place],
+            none, none, none, shared=True,
+        )  # fmt: skip
+
     def expectations(self, tokens: int, sequences: int) -> list[Expectation]:
-        """k slots a token at every router whose experts can be read, and as many rows of neurons where these can."""
+        """k slots a token at every router whose experts can be read, and as many rows of neurons where these can.
+
+        Shared experts take every token of a step or none, and where they were not seen the router's own site says so.
+        """
         reached = [s for s in self.context.anatomy.moe if s.unreachable is None]
         with_neurons = [s for s in reached if experts_site(s).tensor == EXPERT_POST]
         found = expectations_at(self, reached, EXPERT_OUT, lambda s: tokens * (s.top_k or 0), _SLOTS)
@@ -129,12 +160,31 @@ def experts_site(s: Sublayer) -> Site:
     return Site(s.layer, s.block, EXPERT_POST if s.neurons else EXPERT_OUT)
 
 
+def has_shared(s: Sublayer) -> bool:
+    """Whether a router has shared experts beside it whose output can be read."""
+    return bool(s.n_shared) and s.block == "mlp"
+
+
+def shared_site(s: Sublayer) -> Site:
+    """Where what shared experts add is read."""
+    return Site(s.layer, s.block, SHARED_OUT)
+
+
 def computed_slots(tensors: Tensors) -> tuple[torch.Tensor, torch.Tensor]:
     """Slot outputs [token · k, d_model] without bringing them into order, and which place each row is."""
     if "computed" in tensors:
         return tensors["computed"].detach(), tensors["slot"]
     out = tensors["out"].detach().flatten(0, 1)
     return out, torch.arange(len(out), device=out.device)
+
+
+def _shared_kept(tensors: Tensors) -> Tensors:
+    """The same reductions for shared experts, as one expert that every token takes."""
+    out, mask = tensors["out"].detach(), tensors["mask"].reshape(-1)
+    out = out.reshape(-1, out.shape[-1])
+    place = torch.arange(len(out), device=out.device)
+    norms, largest, winner, channel = slot_reductions(out, place, torch.zeros_like(place)[:, None], mask, 1)
+    return {"shared_norms": norms, "shared_largest": largest, "shared_winner": winner, "shared_channel": channel}
 
 
 def _sums(ids: NDArray[Any], values: NDArray[Any], experts: int) -> NDArray[np.float64]:

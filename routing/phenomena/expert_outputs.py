@@ -83,7 +83,7 @@ def _notes(run: Run, shared_experts: int) -> tuple[str, ...]:
         notes.append(f"{shared:,} shared experts are in A, with ids −1, −2, ….")
     elif shared_experts:
         notes.append(
-            "The model has shared experts, whose outputs the probe `experts` does not record: A holds routed experts alone, where "
+            "The model has shared experts, whose outputs this run does not hold: A holds routed experts alone, where "
             "the authors' code takes shared ones in."
         )
     return tuple(notes)

@@ -216,7 +216,7 @@ def test_bug_of_ours_ends_with_4_one_line_and_the_way_to_its_traceback(
     def broken(*_: object) -> None:
         raise ZeroDivisionError("[/red] by zero")
 
-    monkeypatch.setattr(module, "_check_report", broken)
+    monkeypatch.setattr(module, "check_report", broken)
     outcome = profile()
     assert outcome.code == 4
     assert outcome.err == (

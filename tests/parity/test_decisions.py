@@ -182,13 +182,14 @@ def test_expert_totals_equal_plain_products_of_the_weights(
         SELECT layer, expert, tokens, weight_sum, output_norm_mean, weighted_norm_sum,
             max_abs_out, max_abs_channel, max_abs_token
         FROM experts
-        WHERE run_id = ? AND block = 'mlp'
+        WHERE run_id = ? AND block = 'mlp' AND expert >= 0
         """,
         [run.run_id],
     )
     experts = module.model.layers[-1].mlp.experts.num_experts
     assert {row[:2] for row in rows} == {(layer, e) for layer in {key[0] for key in seen} for e in range(experts)}
-    assert len(rows) == run.rows("experts")
+    shared = run.store.fetch("SELECT count(*) FROM experts WHERE run_id = ? AND expert < 0", [run.run_id])[0][0]
+    assert len(rows) + shared == run.rows("experts")
     for layer, expert, *found in rows:
         slots = [slot for _, slot in seen[layer, expert]]
         if not slots:

@@ -108,7 +108,7 @@ def test_every_column_of_experts_is_what_a_loop_over_tokens_finds(
         """
         SELECT layer, expert, tokens, weight_sum, output_norm_mean, weighted_norm_sum, max_abs_out, max_abs_channel,
             max_abs_token, active_share, zero_share
-        FROM experts WHERE run_id = ?
+        FROM experts WHERE run_id = ? AND expert >= 0
         """,
         [run.run_id],
     )

@@ -6,11 +6,13 @@ file by its path (`--import-mode=importlib` gives test modules no common package
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -117,6 +119,8 @@ class Plan:
         vocabulary: token id → bytes.
         routers: decisions; streams: layer → residual stream; experts: rows of the table `experts`.
         vectors: site → vectors kept beside the store.
+        head_layers: layers with attention heads, with scores of every protocol.
+        effects: interventions measured against the run, with controls.
     """
 
     lengths: Sequence[int]
@@ -132,6 +136,8 @@ class Plan:
     streams: Mapping[int, Stream] = field(default_factory=dict)
     experts: Sequence[Mapping[str, Any]] = ()
     vectors: Mapping[str, Vectors] = field(default_factory=dict)
+    head_layers: int = 0
+    effects: int = 0
 
     @property
     def tokens(self) -> int:
@@ -179,6 +185,15 @@ def plant(
             insert(run, "residual_sequences", rows)
     insert(run, "experts", plan.experts)
     _keep(run, plan.vectors)
+    if plan.head_layers:
+        _plant_attention(run, plan)
+        beside("planted_head_scores").plant_head_scores(run, sequences=len(plan.lengths), layers=plan.head_layers)
+    if plan.effects:
+        beside("planted_effects").plant_effects(run, effects=plan.effects)
+        experts = min((router.n_experts for router in plan.routers), default=0)
+        beside("planted_sweeps").every_sweep(
+            run, layers=len(plan.routers), n_experts=experts, sequences=len(plan.lengths)
+        )
     ledger = {"site": "tokens", "expected": plan.tokens, "recorded": plan.tokens, "status": "complete", "detail": None}
     if status == "incomplete":
         ledger |= {"expected": plan.tokens + 7, "status": "short", "detail": "7 events are missing"}
@@ -188,6 +203,23 @@ def plant(
         [status, json.dumps(summary or {"tokens": plan.tokens}), run.run_id],
     )
     return run
+
+
+def beside(name: str) -> Any:
+    """A file of this folder, loaded by its path."""
+    spec = importlib.util.spec_from_file_location(f"moescope_tests_{name}", Path(__file__).parent / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def _plant_attention(run: Run, plan: Plan) -> None:
+    """Attention statistics of three heads a layer: one that spreads evenly, one half on the first token, one wholly."""
+    planted = beside("planted_heads")
+    heads = [planted.uniform, planted.towards_first(0.5), planted.on_first]
+    planted.plant_heads(run, [64] * len(plan.lengths), dict.fromkeys(range(plan.head_layers), heads))
 
 
 def everything(*, layers: int, n_experts: int, labels: Sequence[str | None], tokens: int = 36) -> dict[str, Any]:
@@ -219,7 +251,8 @@ def everything(*, layers: int, n_experts: int, labels: Sequence[str | None], tok
         ]  # fmt: skip
     return {
         "lengths": lengths, "labels": labels, "nll": generator.exponential(2, total), "routers": routers,
-        "streams": streams, "experts": experts, "vectors": vectors, "vocabulary": {i: f" t{i}".encode() for i in range(50)},
+        "streams": streams, "experts": experts, "vectors": vectors,
+        "head_layers": layers, "effects": 2, "vocabulary": {i: f" t{i}".encode() for i in range(50)},
     }  # fmt: skip
 
 

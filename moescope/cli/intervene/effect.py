@@ -97,7 +97,7 @@ def effect(
 
     Example: moescope intervene effect demo --edit "ablate layer=3 experts=5" --store runs.duckdb --output effect.html
     """
-    from moescope.cli.profile import _check_report
+    from moescope.cli.profile import check_report
     from moescope.probes.corpus import Corpus
     from moescope.probes.effects.tally import check_groups
     from moescope.probes.loading import load
@@ -105,7 +105,7 @@ def effect(
     asked = asked_intervention(edit, intervention, name=name)
     groups = [part for part in group.replace(" ", "").split(",") if part]
     check_groups(groups)
-    _check_report(report)
+    check_report(report)
     _check_paths(output, save_intervention, store)
     corpus = Corpus.load(data or "demo", text_field=text_field, label_field=label_field, skip_bad_lines=skip_bad_lines)
     found = corpus.facts()

@@ -99,7 +99,11 @@ class Force(OfExperts):
 @edit("bias")
 @dataclass(frozen=True, kw_only=True)
 class Bias(OfExperts):
-    """Add a number to the router logits of experts; the decision follows by the router's own rule."""
+    """Add a number to the router logits of experts; the decision follows by the router's own rule.
+
+    Attributes:
+        value: in units of logits.
+    """
 
     value: float = 0.0
 
@@ -107,7 +111,11 @@ class Bias(OfExperts):
 @edit("scale")
 @dataclass(frozen=True, kw_only=True)
 class Scale(OfExperts):
-    """Multiply the routing weights of experts, after the choice and without renormalising (RICE, arXiv 2505.14681)."""
+    """Multiply the routing weights of experts, after the choice and without renormalising (RICE, arXiv 2505.14681).
+
+    Attributes:
+        factor: 1 changes nothing.
+    """
 
     factor: float = 1.0
 
@@ -235,7 +243,11 @@ class RandomRouting(ExpertEdit):
 @edit("swap_experts")
 @dataclass(frozen=True, kw_only=True)
 class SwapExperts(ExpertEdit):
-    """Slots of one expert go to the other and the reverse, weights as they are."""
+    """Slots of one expert go to the other and the reverse, weights as they are.
+
+    Attributes:
+        first, second: the two experts.
+    """
 
     first: int = 0
     second: int = 1

@@ -279,7 +279,7 @@ def test_a_model_whose_shared_experts_were_not_recorded_is_told(plant: Plant, pl
     run = run_of(plant, planted, filled(TOP, range(16), 64, []))
     assert not any("shared" in note for note in analyze(run, "super_experts").notes)
     run.store.connection.execute("UPDATE layers SET n_shared = 2 WHERE run_id = ?", [run.run_id])
-    assert any("the probe `experts` does not record" in note for note in analyze(run, "super_experts").notes)
+    assert any("whose outputs this run does not hold" in note for note in analyze(run, "super_experts").notes)
 
 
 def test_what_is_never_chosen_or_no_number_is_left_out_and_counted(plant: Plant, planted: ModuleType) -> None:

@@ -1,0 +1,237 @@
+"""`moescope intervene sweep`: many interventions of one kind, measured, stored and answered as one result."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from moescope.cli.intervene.asked import EditWords, InterventionFile, asked_intervention
+from moescope.cli.output import as_json, facts, news, printable, table
+from moescope.cli.profile import (
+    Data,
+    Device,
+    DeviceMap,
+    DryRun,
+    Dtype,
+    Json,
+    LabelField,
+    Model,
+    Revision,
+    SkipBad,
+    TextField,
+    Trust,
+)
+from moescope.core.errors import InputError
+
+if TYPE_CHECKING:
+    from moescope.core.result import Result
+
+_ENDINGS = (".html", ".png", ".svg", ".csv", ".parquet", ".json")
+_HOWS = ("zero", "route_around", "renormalise", "mean", "copy")
+
+StorePath = Annotated[Path, typer.Option(help="DuckDB file that holds the base run and gets the effects.")]
+Kind = Annotated[
+    str,
+    typer.Option(
+        help="experts (each alone), drop and keep (sets by score), top_k, top_p, routing_value (random routing), dose."
+    ),
+]
+How = Annotated[
+    str | None,
+    typer.Option(
+        help=f"How experts are taken out: {', '.join(_HOWS)}.  [default: zero; for drop route_around]",
+        show_default=False,
+    ),
+]
+Layers = Annotated[
+    str | None, typer.Option(help="Layers, as in 0,3 or 2-5.  [default: all that route]", show_default=False)
+]
+Score = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="Measure of the analysis importance that drop and keep go by, repeatable.  [default: frequency]",
+        show_default=False,
+    ),
+]
+Shares = Annotated[
+    str | None, typer.Option(help="Shares of experts (of scores for top_p), as in 0.1,0.25,0.5.", show_default=False)
+]
+Numbers = Annotated[str | None, typer.Option(help="Experts a token for top_k, as in 1,2,4.", show_default=False)]
+Strengths = Annotated[str, typer.Option(help="Strengths of dose, as in 0.5,1,2.")]
+Screen = Annotated[
+    int | None,
+    typer.Option(
+        min=0, help="Estimate all experts in one pass, and run only so many of the highest exactly.", show_default=False
+    ),
+]
+Sample = Annotated[int, typer.Option(min=0, help="With --screen: so many others, at random, are run exactly too.")]
+
+
+def sweep(
+    model: Model,
+    kind: Kind = "experts",
+    how: How = None,
+    layers: Layers = None,
+    score: Score = None,
+    shares: Shares = None,
+    numbers: Numbers = None,
+    across: Annotated[str, typer.Option(help="Whether the experts of drop compete in their layer or model.")] = "layer",
+    highest: Annotated[bool, typer.Option("--highest", help="For drop: take out the highest scores.")] = False,
+    draws: Annotated[int, typer.Option(min=0, help="Random sets beside each set, or seeds of random routing.")] = 5,
+    edit: EditWords = None,
+    intervention: InterventionFile = None,
+    strengths: Strengths = "0.25,0.5,1,2",
+    generate: Annotated[int, typer.Option(min=0, help="For dose: tokens written after each prompt; 0 for none.")] = 32,
+    prompts: Annotated[int, typer.Option(min=1, help="How many texts --generate continues.")] = 16,
+    screen: Screen = None,
+    sample: Sample = 16,
+    data: Data = None,
+    store: StorePath = Path("runs.duckdb"),
+    base: Annotated[
+        str | None,
+        typer.Option(
+            help="Name of the unedited model's run.  [default: one that fits, or one recorded now]", show_default=False
+        ),
+    ] = None,
+    batch_size: Annotated[
+        int | None,
+        typer.Option(min=1, help="Sequences a batch.  [default: the base run's, else 8]", show_default=False),
+    ] = None,
+    max_length: Annotated[
+        int | None,
+        typer.Option(
+            min=2, help="Tokens of the longest sequence.  [default: the base run's, else 512]", show_default=False
+        ),
+    ] = None,
+    rows: Annotated[
+        int | None, typer.Option(min=1, help="Sequences a pass.  [default: as many as a batch has]", show_default=False)
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the same sweep where it was stopped.")] = False,
+    output: Annotated[
+        Path | None,
+        typer.Option(help="Also save the answer: .html, .png, .svg, .csv, .parquet or .json.", show_default=False),
+    ] = None,
+    device: Device = "auto",
+    device_map: DeviceMap = None,
+    dtype: Dtype = "auto",
+    revision: Revision = None,
+    trust_remote_code: Trust = False,
+    text_field: TextField = "text",
+    label_field: LabelField = "label",
+    skip_bad_lines: SkipBad = False,
+    seed: Annotated[int, typer.Option(help="Decides random sets, samples and the resampling.")] = 0,
+    dry_run: DryRun = False,
+    json: Json = False,
+) -> None:
+    """Take every expert out alone, or sets of them by score; try other numbers of experts, random routing, or doses.
+
+    Example: moescope intervene sweep demo --store runs.duckdb --screen 20 --output experts.html
+
+    Example: moescope intervene sweep demo --kind drop --score frequency --shares 0.1,0.25,0.5
+    """
+    from moescope.probes.corpus import Corpus
+    from moescope.probes.loading import load
+    from moescope.sweep_api import sweep as run_sweep
+    from moescope.sweep_api import sweep_cost
+
+    options: dict[str, Any] = _options(kind, how, layers, shares, numbers, across, strengths)
+    options |= {"highest": highest, "draws": draws, "generate": generate, "prompts": prompts, "screen": screen}
+    options |= {"sample": sample, "seed": seed, "scores": score or "frequency"}
+    if kind == "dose":
+        options["intervention"] = asked_intervention(edit, intervention)
+    elif edit is not None or intervention is not None:
+        raise InputError("--edit and --intervention are for --kind dose", fix="moescope intervene effect measures one")
+    _check_paths(output, store)
+    corpus = Corpus.load(data or "demo", text_field=text_field, label_field=label_field, skip_bad_lines=skip_bad_lines)
+    if data is None:
+        news(f"no --data: using the bundled labelled corpus of {corpus.facts().documents} documents")
+    live = load(
+        model, device=device, device_map=device_map, dtype=dtype, revision=revision, trust_remote_code=trust_remote_code
+    )
+    sizes: dict[str, Any] = {"batch_size": batch_size, "max_length": max_length, "rows": rows}
+    if dry_run or not json:
+        cost = sweep_cost(live, corpus, **options, **sizes)
+        if dry_run:
+            said = {**vars(cost), "model": repr(live), "store": str(store), "kind": kind}
+            as_json(said) if json else facts({"cost": str(cost), "model": repr(live), "store": str(store)})
+            return
+        news(str(cost))
+    from moescope.store.store import Store
+
+    with Store(store) as opened:
+        answer = run_sweep(live, corpus, opened, base=base, resume=resume, progress=not json, **options, **sizes)
+        if output is not None:
+            answer.save(output)
+            news(f"saved {output}")
+    as_json(answer.as_json()) if json else _print(answer)
+
+
+def _options(
+    kind: str,
+    how: str | None,
+    layers: str | None,
+    shares: str | None,
+    numbers: str | None,
+    across: str,
+    strengths: str,
+) -> dict[str, Any]:
+    """Texts of the command line as what they stand for."""
+    from moescope.probes.sweeps.perform import KINDS
+    from moescope.probes.sweeps.plans import as_floats
+
+    for name, value, known in (("kind", kind, KINDS), ("how", how, _HOWS), ("across", across, ("layer", "model"))):
+        if value is not None and value not in known:
+            raise InputError(f"--{name} cannot be {value!r}", expected=", ".join(known))
+    return {
+        "kind": kind,
+        "how": how,
+        "layers": None if layers is None else _layers(layers),
+        "shares": None if shares is None else as_floats(shares),
+        "numbers": None if numbers is None else [_whole(x) for x in as_floats(numbers)],
+        "across": across,
+        "strengths": as_floats(strengths),
+    }
+
+
+def _whole(number: float) -> int:
+    if number != int(number):
+        raise InputError(f"{number:g} is no number of experts", expected="a whole number")
+    return int(number)
+
+
+def _layers(text: str) -> list[int]:
+    """Layers of `0,3` or `2-5`."""
+    found: list[int] = []
+    for part in text.replace(" ", "").split(","):
+        first, dash, last = part.partition("-")
+        if not first.isdigit() or (dash and not last.isdigit()):
+            raise InputError(f"--layers cannot be {text!r}", expected="such as 0,3 or 2-5")
+        found += range(int(first), int(last or first) + 1)
+    return found
+
+
+def _check_paths(output: Path | None, store: Path) -> None:
+    """What can be wrong with the paths, found before the model is loaded."""
+    if output is not None and output.suffix not in _ENDINGS:
+        raise InputError(f"an answer cannot be saved as {output}", expected=f"a path ending in {', '.join(_ENDINGS)}")
+    for path in (output, store):
+        if path is not None and not path.parent.is_dir():
+            raise InputError(f"cannot write {path}", found="no such folder", fix=f"mkdir -p {path.parent}")
+
+
+def _print(answer: Result) -> None:
+    """The finding, the twenty largest effects, and how to read them."""
+    from moescope.core.html import cell
+
+    typer.echo(f"{printable(answer.title)}\n{printable(answer.subtitle())}\n")
+    frame = answer.df()
+    first = frame[frame["metric"] == frame["metric"].iloc[0]]
+    shown = first.reindex(first["value"].abs().sort_values(ascending=False, kind="stable").index)[:20]
+    shown = shown.drop(columns=["effect"], errors="ignore").dropna(axis=1, how="all").astype(object)
+    table(list(shown.columns), [[cell(value) for value in row] for row in shown.itertuples(index=False)])
+    if len(first) > len(shown):
+        typer.echo(f"… {len(frame):,} rows in all; --output x.csv has them")
+    typer.echo("")
+    facts(answer.facts())
