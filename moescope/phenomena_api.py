@@ -134,7 +134,7 @@ class _Phenomena:
         cuts = self._cuts(run, places, named, heads)
         if cuts:
             self._measure(run, cuts, places, heads)
-        result = analyze(run, "phenomena_chain", allow_incomplete=True)
+        result = analyze(run, "phenomena_chain", allow_incomplete=True, uncut=True)
         return dataclasses.replace(result, notes=(*result.notes, *self.notes))
 
     def _other_beginning(self) -> None:

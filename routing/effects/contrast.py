@@ -30,7 +30,7 @@ _UNITS: dict[Measure, str] = {
 _FOUND = 0.05
 
 
-@analysis(name="expert_contrast", needs=("routing", "sequences"), source=_SOURCE, section="effects", order=10)
+@analysis(name="expert_contrast", needs=("routing", "sequences"), source=_SOURCE, section="specialization", order=80)
 def expert_contrast(
     run: Run,
     *,

@@ -25,8 +25,8 @@ _TAILS = (0.025, 0.975)
     name="expert_detector",
     needs=("routing", "sequences"),
     source="CEAI: Unveiling and Consulting Core Experts in Retrieval-Augmented MoE-based LLMs (detectors of core experts)",
-    section="effects",
-    order=20,
+    section="specialization",
+    order=81,
 )
 def expert_detector(
     run: Run,

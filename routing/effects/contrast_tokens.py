@@ -31,8 +31,8 @@ _FOUND = 0.05
     name="token_experts",
     needs=("routing", "tokens"),
     source="RICE, arXiv 2505.14681: nPMI of thinking tokens and experts",
-    section="effects",
-    order=30,
+    section="specialization",
+    order=82,
 )
 def token_experts(run: Run, *, words: str | None = None, draws: Count = 1000, seed: Natural = 0) -> Result:
     """Which experts go with given tokens, such as those that mark thinking?

@@ -25,7 +25,7 @@ _SQL = """
         tokens AS n
     FROM experts
     CROSS JOIN LATERAL (VALUES ('active', active_share), ('exact zeros', zero_share)) AS u(metric, share)
-    WHERE run_id = $run AND expert >= 0
+    WHERE run_id = $run AND (expert >= 0 OR share IS NOT NULL)  -- shared experts, where their neurons were read
     WINDOW router AS (PARTITION BY layer, block, u.metric)
     ORDER BY layer, block, expert, u.metric
 """

@@ -9,6 +9,7 @@ import pandas as pd
 import pyarrow as pa
 
 from moescope.core.analysis import analysis
+from moescope.core.errors import InputError
 from moescope.core.result import Result
 from moescope.routing.phenomena.chain_figure import draw_chain
 from moescope.routing.phenomena.chain_records import (
@@ -51,7 +52,7 @@ _COLUMNS = (
     section="phenomena",
     order=5,
 )
-def phenomena_chain(run: Run, *, threshold: float = 0.1) -> Result:
+def phenomena_chain(run: Run, *, threshold: float = 0.1, uncut: bool = False) -> Result:
     """What writes the massive activation, which sink it makes, which heads read past it, and what is left once a link is cut?
 
     Nodes are what the run's records name: the writer (super experts, or the neurons or heads that add most of the massive
@@ -62,21 +63,26 @@ def phenomena_chain(run: Run, *, threshold: float = 0.1) -> Result:
     A number at a link is the share of what stands behind it that remains once the link is cut: Σ with the cut ÷ Σ without, over the
     same texts; by layer too, where 1 − the share of attention to first tokens is the decay rate D of arXiv 2507.23279. The same cut
     made at random (other experts of the router at like load, other neurons or heads of the sublayer,
-    other channels) stands beside each. `moescope phenomena` makes the cuts; a run without them shows its nodes alone. Taking a
-    massive activation to zero takes out all that stands in the channel, what its writer added and what was there before.
+    other channels) stands beside each. `moescope phenomena` makes the cuts. Taking a massive activation to zero takes out all that stands in the channel, what its writer added and what was there before.
 
     Args:
         threshold: of retrieval and induction scores.
+        uncut: show the nodes of a run in which no link was cut and no head was measured; it is refused otherwise.
 
     Example:
         >>> import tempfile, pathlib
         >>> import moescope as ms
         >>> with ms.Store(pathlib.Path(tempfile.mkdtemp()) / "runs.duckdb") as store:
         ...     run = ms.record(ms.load("demo"), ["Hello world, how are you?"], store, name="first", progress=False)
-        ...     ms.analyze(run, "phenomena_chain").title.split(":")[0]
+        ...     ms.analyze(run, "phenomena_chain", uncut=True).title.split(":")[0]
         'No massive activation'
     """
     effects = ChainEffects(run)
+    if not (uncut or effects.links or run.rows("heads") or run.rows("super_experts")):
+        raise InputError(
+            "nothing of the chain was measured in this run but its residual stream",
+            fix="find and cut the links: moescope phenomena MODEL; the residual stream alone: uncut=true",
+        )
     rows = [_writer(run, effects), *_massive(run), _sink(run, effects), _heads(run, threshold)]
     rows += [row for link in effects.links for row in _cut_rows(effects, link)]
     frame = pd.DataFrame([row for row in rows if row]).reindex(columns=list(_COLUMNS))

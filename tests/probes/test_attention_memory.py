@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -42,6 +42,16 @@ def peak_bytes(run: Callable[[], Any]) -> int:
     return int(held.max(initial=0))
 
 
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Kernels of several threads take a buffer a thread, at lengths of their own choice."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.usefixtures("one_thread")
 def test_memory_grows_linearly(tiny_model: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attention_slices, "SLICE_BYTES_CPU", SLICE)
     model = ms.load(tiny_model("llama", max_position_embeddings=4096))
@@ -51,6 +61,7 @@ def test_memory_grows_linearly(tiny_model: Callable[..., Any], monkeypatch: pyte
     assert peaks[2] < 4 * 4 * 1024**2 / 4  # of the whole pattern's bytes
 
 
+@pytest.mark.usefixtures("one_thread")
 def test_a_pattern_kept_whole_would_be_noticed(tiny_model: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attention_slices, "SLICE_BYTES_CPU", 1 << 40)
     model = ms.load(tiny_model("llama", max_position_embeddings=4096))

@@ -10,7 +10,9 @@ from moescope.cli.intervene.effect import effect
 from moescope.cli.intervene.sweep import sweep
 
 group = typer.Typer(
-    no_args_is_help=True, help="Change a model while it runs, and measure what the change does against controls."
+    no_args_is_help=True,
+    help="Change a model while it runs, and measure what the change does against controls.\n\n"
+    'Example: moescope intervene effect demo --edit "ablate layer=3 experts=5" --store runs.duckdb',
 )
 group.command()(effect)
 group.command()(sweep)

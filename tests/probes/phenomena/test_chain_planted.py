@@ -288,7 +288,7 @@ def test_a_run_without_cuts_shows_its_nodes_alone(
     planted_expert: Any, sequences: list[list[int]], record_ids: Callable[..., Any]
 ) -> None:
     module, _ = planted_expert(1)
-    result = analyze(record_ids(module, sequences), "phenomena_chain")
+    result = analyze(record_ids(module, sequences), "phenomena_chain", uncut=True)
     assert "no link of its chain was cut" in result.title
     assert math.isfinite(result.df()["value"].iloc[1])
     assert "not cut" in " ".join(a.text or "" for a in result.figure().layout.annotations)

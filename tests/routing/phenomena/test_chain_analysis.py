@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from moescope.analysis_api import analyze
+from moescope.core.errors import InputError
 from moescope.routing.phenomena.chain_records import ChainEffects, short
 from moescope.store.effects import EffectRow, Measured, new_effect_id, write_effects
 from moescope.store.phenomena_rows import HeadRows, SuperExpertRow, write_heads, write_super_experts
@@ -120,7 +121,9 @@ def test_effects_of_another_run_are_not_this_ones(with_massive: Any) -> None:
     run, other = with_massive(), with_massive()
     effect(other, "chain, writer: L1·E3", {"delta_nll": 1.0}, [])
     assert ChainEffects(run).links == []
-    assert "no link of its chain was cut" in analyze(run, "phenomena_chain").title
+    assert "no link of its chain was cut" in analyze(run, "phenomena_chain", uncut=True).title
+    with pytest.raises(InputError, match="nothing of the chain was measured.*moescope phenomena"):
+        analyze(run, "phenomena_chain")
 
 
 def test_rewriting_heads_and_super_experts_leaves_one_of_each(with_massive: Any) -> None:
