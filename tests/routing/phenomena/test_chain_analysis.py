@@ -122,7 +122,7 @@ def test_effects_of_another_run_are_not_this_ones(with_massive: Any) -> None:
     effect(other, "chain, writer: L1·E3", {"delta_nll": 1.0}, [])
     assert ChainEffects(run).links == []
     assert "no link of its chain was cut" in analyze(run, "phenomena_chain", uncut=True).title
-    with pytest.raises(InputError, match="nothing of the chain was measured.*moescope phenomena"):
+    with pytest.raises(InputError, match=r"nothing of the chain was measured.*moescope phenomena"):
         analyze(run, "phenomena_chain")
 
 
