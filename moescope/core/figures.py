@@ -23,26 +23,43 @@ CHANCE = "#868e96"
 _FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', Arial, sans-serif"
 
 
+_BOTTOM = 56
+
+
 def finish(figure: go.Figure, *, title: str, subtitle: str) -> go.Figure:
     """Give a figure the common look, its finding as title and its n as subtitle."""
+    text = _wrapped(title)
+    top = 92 + 22 * text.count("<br>") + (20 if _titled_panels(figure) else 0)
+    # The plot's height, where the figure has one of its own: the legend stands a constant way below it.
+    height = max(80, figure.layout.height - top - _BOTTOM) if figure.layout.height else None
     figure.update_layout(
         template="plotly_white",
         colorway=list(SERIES),
         title={
-            "text": _wrapped(title),
+            "text": text,
             "subtitle": {"text": plain(subtitle), "font": {"size": 12}},
+            # From the figure's edge, not the plot's: names along the axis may push that far to the right.
             "x": 0,
-            "xref": "paper",
+            "xref": "container",
             "xanchor": "left",
+            "y": 1,
+            "yref": "container",
+            "yanchor": "top",
+            "pad": {"l": 16, "t": 32},  # below the tool bar
             "font": {"size": 16},
         },
         font={"family": _FONT, "size": 13},
-        margin={"l": 64, "r": 24, "t": 84 + 20 * _wrapped(title).count("<br>"), "b": 56},
+        margin={"l": 64, "r": 24, "t": top, "b": _BOTTOM},
         hoverlabel={"font": {"family": _FONT}},
-        legend={"orientation": "h", "y": -0.18, "x": 0},
+        legend={"orientation": "h", "y": -62 / height if height else -0.18, "x": 0},
         separators=".,",
     )
     return figure
+
+
+def _titled_panels(figure: go.Figure) -> bool:
+    """Whether panels have titles of their own over the topmost of them."""
+    return any(note.yref == "paper" and note.y is not None and note.y >= 1 for note in figure.layout.annotations)
 
 
 def untitled(figure: go.Figure) -> go.Figure:
