@@ -49,10 +49,10 @@ def write_corpus(path: Path, tokens: int) -> Path:
 
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc")
-def test_ten_times_the_tokens_take_at_most_a_tenth_more_memory(
+def test_ten_times_the_tokens_take_no_more_memory_than_the_stores_cache_may_hold(
     tmp_path: Path, tiny_model: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Both runs are longer than two chunks of the writer, so that they differ in length alone."""
+    """Both runs are longer than two chunks of the writer, so that they differ in length alone, and in how full the cache is."""
     tiny_model("qwen3_moe", max_position_embeddings=512).save_pretrained(tmp_path / "model")
     monkeypatch.setenv("MALLOC_ARENA_MAX", "2")  # the allocator's own sprawl is not what is measured
 
@@ -67,8 +67,9 @@ def test_ten_times_the_tokens_take_at_most_a_tenth_more_memory(
         return int(peak)
 
     small, large, leaking = peak_kib(250_000, "plain"), peak_kib(2_500_000, "plain"), peak_kib(2_500_000, "leak")
-    assert leaking > 1.1 * small, "a leak would not have been noticed"
-    assert large <= 1.1 * small
+    cache = 128 << 10  # KiB: what the store lets DuckDB hold
+    assert leaking > small + cache, "a leak would not have been noticed"
+    assert large <= small + cache
 
 
 def test_no_more_than_a_few_batches_are_alive_at_once(
