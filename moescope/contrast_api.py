@@ -111,7 +111,7 @@ def contrast(
         >>> import moescope as ms
         >>> a, b = (["In the beginning.", "And he said.", "Thus."], ["int main()", "for (;;)", "return 0;"])
         >>> with ms.Store(pathlib.Path(tempfile.mkdtemp()) / "runs.duckdb") as store:
-        ...     result = contrast(ms.load("demo"), a, b, store, suppress=2, controls=2, draws=50, progress=False)
+        ...     result = ms.contrast(ms.load("demo"), a, b, store, suppress=2, controls=2, draws=50, progress=False)
         >>> sorted(set(result.df()["metric"]))
         ['delta_nll', 'flips', 'kl']
     """

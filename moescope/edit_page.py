@@ -28,7 +28,9 @@ Every kind also has
 
 - `layer` = none: a layer, several (`3,4`), or none for every layer that has what the edit changes
 - `positions` = `all`: `all`, `prompt`, `generated`, a span such as `0:1` (the end excluded), or `token:13` (a token id)
-- `strength` = `1.0`: 0 changes nothing, not even rounding
+- `strength` = `1.0`: 0 changes nothing, not even rounding; 1 is the edit as it stands. Most edits of decisions (`force`, `keep`,
+  `top_k`, `rank_routing`, `top_p`, `random_routing`, `swap_experts`, `set_routing`, `ablate how=route_around`) are done or not
+  done: 0 or 1. `clamp`, `fake_quant`, `mask_head`, `project_out`, `set_channel` and `skip` take 0 to 1, the others any number.
 
 `moescope intervene edits --format markdown` prints this page.
 """
@@ -70,7 +72,9 @@ def _told(kind: type[Edit]) -> dict[str, str]:
 
 
 def _default(field: dataclasses.Field[Any]) -> str:
-    if field.default is None or field.default == () or field.default is dataclasses.MISSING:
+    if field.default in ((), "", dataclasses.MISSING):
+        return "required"
+    if field.default is None:
         return "none"
     return f"`{str(field.default).lower() if isinstance(field.default, bool) else field.default}`"
 

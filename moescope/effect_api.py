@@ -33,9 +33,9 @@ def effect(
 ) -> Result:
     """Measure what an intervention does to a model's predictions, against the unedited model and matched random controls.
 
-    The intervened pass is paired with its baseline on the same tokens: ΔNLL and KL (nats per token) and top-1 flips (share of
+    The intervened pass is paired with its base run on the same tokens: ΔNLL and KL (nats per token) and top-1 flips (share of
     tokens), with intervals over documents, stored in `effects` and `effect_sequences` in one transaction. `ms.analyze(run,
-    "effect_groups")`, with the baseline run, tells the same by label, place and class of token.
+    "effect_groups")`, with the base run, tells the same by label, place and class of token.
 
     Args:
         model: from `moescope.load`.
@@ -47,10 +47,10 @@ def effect(
         groups: what to group tokens by as well: `label`, `position`, `class`.
         generate: also continue texts greedily by up to so many tokens and measure repetition, length and distinct n-grams.
         prompts: how many texts are continued.
-        batch_size: sequences a forward pass; None for that of the baseline run, else 8.
-        max_length: tokens of the longest sequence; None for that of the baseline run, else 512.
+        batch_size: sequences a forward pass; None for that of the base run, else 8.
+        max_length: tokens of the longest sequence; None for that of the base run, else 512.
         seed: of the controls and of the resampling.
-        decompose: split the effect into content (every router replays its decisions of the baseline run) and re-routing.
+        decompose: split the effect into content (every router replays its decisions of the base run) and re-routing.
         keep_run: also record a full run under the intervention, with this name.
         progress: show how far it is, on stderr.
 
@@ -58,18 +58,16 @@ def effect(
         The answer of the analysis `effect`, with its figure.
 
     Raises:
-        InputError: an intervention that is empty or that the model cannot take, a baseline that does not fit, a name that is
+        InputError: an intervention that is empty or that the model cannot take, a base run that does not fit, a name that is
             taken, a dense model that is to be decomposed.
-        RunError: NaN after an edit, or a baseline whose numbers the model does not give; nothing is stored.
+        RunError: NaN after an edit, or a base run whose numbers the model does not give; nothing is stored.
 
     Example:
         >>> import tempfile, pathlib
         >>> import moescope as ms
-        >>> from moescope.core.edit_kinds.experts import Ablate
-        >>> from moescope.core.intervention import Intervention
-        >>> cut = Intervention([Ablate(layer=3, experts=5)])
+        >>> cut = ms.Intervention([ms.edits.Ablate(layer=3, experts=5)])
         >>> with ms.Store(pathlib.Path(tempfile.mkdtemp()) / "runs.duckdb") as store:
-        ...     answer = effect(ms.load("demo"), ["Hello world.", "Good day."], cut, store, controls=2, progress=False)
+        ...     answer = ms.effect(ms.load("demo"), ["Hello world.", "Good day."], cut, store, controls=2, progress=False)
         >>> answer.df().query("kind == 'target'").metric.tolist()
         ['delta_nll', 'kl', 'flips', 'base_nll']
     """

@@ -83,7 +83,7 @@ def phenomena(
 
     Example:
         >>> import moescope as ms
-        >>> found = phenomena(ms.load("demo"), ["Hello world, how are you?", "The sea was calm."], texts=2, max_length=16,
+        >>> found = ms.phenomena(ms.load("demo"), ["Hello world, how are you?", "The sea was calm."], texts=2, max_length=16,
         ...                   needles=False, generate=0, controls=1, progress=False)
         >>> found.name
         'phenomena_chain'

@@ -103,7 +103,7 @@ def sweep(
         >>> import tempfile, pathlib
         >>> import moescope as ms
         >>> with ms.Store(pathlib.Path(tempfile.mkdtemp()) / "runs.duckdb") as store:
-        ...     found = sweep(ms.load("demo"), ["Hello world.", "It rains."], store, screen=4, sample=4, progress=False)
+        ...     found = ms.sweep(ms.load("demo"), ["Hello world.", "It rains."], store, screen=4, sample=4, progress=False)
         ...     found.name, int((found.df()["metric"] == "ΔNLL estimate").sum())
         ('expert_effects', 96)
     """

@@ -18,7 +18,7 @@ from moescope.probes.batches import Batch, BatchPlan, Side
 from moescope.probes.choices import check_part, check_room, check_sizes, chosen_probes, longest
 from moescope.probes.claim import claimed
 from moescope.probes.corpus import Corpus, CorpusFacts
-from moescope.probes.effects.edited_recording import EditedRecording
+from moescope.probes.effects.edited_recording import EditedRecording, in_force
 from moescope.probes.failures import explained, reason_of
 from moescope.probes.live_model import LiveModel
 from moescope.probes.passes import BatchSteps, Passes, joined
@@ -172,6 +172,7 @@ class Recording:
         check_room(store)
         self.model, self.corpus, self.store, self.name, self.seed = model, corpus, store, name, seed
         self.edits = None if intervention is None else EditedRecording(model, intervention, store, generate=generate)
+        self._intervention = in_force(model) if self.edits is None else self.edits.as_json()
         self.generate, self.planned, self._bytes_before = generate, planned, 0
         self.side: Side = "left" if padding == "left" or (generate and padding is None) else "right"
         read = tuple(dict.fromkeys(read_site(site, model.anatomy) for site in sites))
@@ -331,7 +332,7 @@ class Recording:
             "corpus": self.corpus.name,
             **self.model.settings(),
             **({"batches": [self.batches.start, self.batches.stop]} if self.batches is not None else {}),
-            **({} if self.edits is None else {"intervention": self.edits.as_json()}),
+            **({} if self._intervention is None else {"intervention": self._intervention}),
         }
 
     def _begin(self) -> Run:
@@ -349,7 +350,7 @@ class Recording:
             seed=self.seed,
             corpus_fingerprint=self.facts.fingerprint,
             anatomy=self.model.anatomy.facts(),
-            **({} if self.edits is None else {"intervention": self.edits.as_json()}),
+            **({} if self._intervention is None else {"intervention": self._intervention}),
         )
         self.store.add_layers(run, [self._layer_row(s) for s in self.context.anatomy.sublayers])
         return run

@@ -132,7 +132,12 @@ def _print(result: Result, rows: int) -> None:
     from moescope.core.html import cell
 
     typer.echo(f"{printable(result.title)}\n{printable(result.subtitle())}\n")
-    head = result.table.slice(0, rows)
+    told = [
+        name
+        for name, column in zip(result.table.column_names, result.table.columns, strict=True)
+        if column.null_count < len(column)
+    ]
+    head = result.table.select(told).slice(0, rows)
     table(head.column_names, [[cell(value) for value in row.values()] for row in head.to_pylist()])
     if result.table.num_rows > rows:
         typer.echo(f"… {result.table.num_rows:,} rows in all; --format csv has them, --rows shows more")

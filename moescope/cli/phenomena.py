@@ -138,7 +138,7 @@ def _run(
         complete = run.complete
     as_json(result.as_json()) if json else _print(result)
     if not complete:
-        news("the run is incomplete: moescope runs show tells what is missing")
+        news("the run is incomplete: the view gaps of the store tells what is missing (SELECT * FROM gaps)")
         raise typer.Exit(3)
 
 

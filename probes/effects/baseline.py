@@ -60,7 +60,7 @@ def baseline(
         run = store.run(base) if isinstance(base, str) else base
         if reason := _misfit(run, wanted, needed):
             raise InputError(
-                f"run {run.name!r} cannot be the baseline",
+                f"run {run.name!r} cannot be the base run",
                 found=reason,
                 fix="name another run (--base), or leave it out to have one recorded",
             )
@@ -95,10 +95,10 @@ def plan_of(run: Run) -> tuple[int, int]:
 
 
 class SameNumbers:
-    """Holds what a pass without edits gives against what the baseline run has.
+    """Holds what a pass without edits gives against what the base run has.
 
     Args:
-        run: the baseline.
+        run: the base run.
         model: that runs now.
     """
 
@@ -110,10 +110,10 @@ class SameNumbers:
         """Raise `RunError` unless the batch's NLL is the recorded one, but for rounding."""
         if reason := self.reason(paired):
             raise RunError(
-                f"the unedited model does not give the numbers of its baseline run {self._run.name!r}",
+                f"the unedited model does not give the numbers of its base run {self._run.name!r}",
                 expected=f"the same NLL, within {self._most:g} nats on average",
                 found=reason,
-                fix="record a new baseline with this model and these versions (leave --base out); nothing was stored",
+                fix="record a new base run with this model and these versions (leave --base out); nothing was stored",
             )
 
     def reason(self, paired: PairedBatch) -> str | None:
@@ -138,7 +138,7 @@ class SameNumbers:
 
 
 def _identity(model: LiveModel, corpus: Corpus, batch_size: int | None, max_length: int | None) -> dict[str, Any]:
-    """What a baseline must agree in; plan sizes only where they are given."""
+    """What a base run must agree in; plan sizes only where they are given."""
     facts = {
         "model": model.name,
         "revision": model.revision,
@@ -153,7 +153,7 @@ def _identity(model: LiveModel, corpus: Corpus, batch_size: int | None, max_leng
 
 
 def _misfit(run: Run, wanted: dict[str, Any], needed: list[str]) -> str | None:
-    """Why a run is no baseline; None where it is."""
+    """Why a run is no base run; None where it is."""
     info = run.info
     has = {**info["settings"], **{name: info[name] for name in ("model", "revision", "corpus_fingerprint")}}
     if info["intervention"]:

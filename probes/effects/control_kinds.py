@@ -56,6 +56,7 @@ class Drawing:
         self.module, self.anatomy, self.random = module, anatomy, random
         self._loads, self._near = loads, near
         self.unmatched = False
+        self.far = 1.0  # the largest ratio between the loads of an expert and of what stands for it
         self.notes: list[str] = []
         self._experts = {place: _unique(named) for place, named in _expert_targets(edits, anatomy).items()}
         self._heads: dict[Router, tuple[int, ...]] = {}
@@ -168,7 +169,9 @@ class Drawing:
             return int(self.random.choice(others))
         # Those of equal distance in random order, so that none is preferred for its number.
         order = sorted(self.random.permutation(others), key=lambda other: abs(load[other] - load[expert]))
-        return int(self.random.choice(order[: self._near]))
+        chosen = int(self.random.choice(order[: self._near]))
+        self.far = max(self.far, float((max(load[chosen], load[expert]) + 1) / (min(load[chosen], load[expert]) + 1)))
+        return chosen
 
 
 def matcher_of(edit: Edit) -> Matcher | None:

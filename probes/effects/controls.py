@@ -21,6 +21,7 @@ from moescope.store.run import Run
 Loads = Mapping[tuple[int, str], NDArray[np.float64]]
 # Draws that came out before are thrown away, and so many of them in a row mean that there are no others.
 _TRIES = 200
+_FAR = 2.0  # loads that differ by more are no match
 
 _LOADS = """
     SELECT layer, block, expert, sum(tokens)::DOUBLE AS tokens
@@ -113,6 +114,11 @@ def controls_for(
         notes.append(f"Only {len(found)} different controls exist, of {draws} asked for.")
     if drawing.unmatched:
         notes.append("The run has no loads: control experts are drawn without matching how often they are chosen.")
+    if drawing.far > _FAR:
+        notes.append(
+            "Loads are matched poorly, since a layer has few experts: a control expert is chosen up to "
+            f"{drawing.far:,.1f} times as often, or as rarely, as the one it stands for."
+        )
     interventions = tuple(
         Intervention(edits, name=f"{intervention.name or 'control'} (control {number})")
         for number, edits in enumerate(found.values())

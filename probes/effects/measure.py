@@ -93,7 +93,7 @@ def measure_effect(
         groups: what to group tokens by as well: `label`, `position`, `class`.
         generate: also continue texts by up to so many tokens and measure what is written; 0 for not.
         prompts: how many texts are continued.
-        batch_size, max_length: of the plan; None for those of the baseline run.
+        batch_size, max_length: of the plan; None for those of the base run.
         seed: of the controls and of the resampling.
         decompose: split the effect, and those of its controls, into content (routers replay the baseline's decisions) and
             re-routing (the rest); takes twice as long.

@@ -15,14 +15,14 @@ _AFTER_CHOICE_HOW = ("zero", "renormalise", "mean", "copy")
 
 
 def routing_frozen(intervention: Intervention, model: LiveModel, base_run: str) -> Intervention:
-    """The same edits while routers replay the decisions, weights included, that they took in the baseline run.
+    """The same edits while routers replay the decisions, weights included, that they took in the base run.
 
     A router whose choice is itself edited (route_around, Force, Bias, Keep, TopK, …) decides by the edit; all others replay.
 
     Args:
         intervention: what is measured.
         model: it is for.
-        base_run: name of the baseline run, with the records of probe `routing`.
+        base_run: name of the base run, with the records of probe `routing`.
 
     Raises:
         InputError: a dense model, where nothing can be re-routed.

@@ -19,6 +19,7 @@ from moescope.probes.phenomena.massive import (
     other_channels,
     to_mean,
     to_zero,
+    without_mean,
 )
 from moescope.probes.phenomena.super_experts import Expert, pruned
 from moescope.probes.phenomena.writers import Part
@@ -72,16 +73,26 @@ def part_cut(model: LiveModel, parts: Sequence[Part], loads: Loads | None, *, dr
 
 def massive_cuts(
     model: LiveModel, places: MassivePlaces, means: StreamMeans, *, draws: int, seed: int
-) -> tuple[Cut, Cut]:
-    """Massive activations to zero and to their mean, against as many other channels at zero and at theirs."""
+) -> tuple[Cut, ...]:
+    """Massive activations to zero and to their mean, against as many other channels at zero and at theirs.
+
+    Without the second where no channel has a mean in the texts that the means are of.
+    """
     found = []
     for link, target, own in ((ZERO, to_zero(places), None), (MEAN, to_mean(places, means), means)):
         channels = ", ".join(map(str, sorted({*places.first_channels, *places.other_channels})))
         named = Intervention(target.edits, name=named_cut(link, f"channels {channels} after block {places.layer}"))
         notes = () if places.on_first_tokens else ("Controls act on the first token of each text alone.",)
+        if link == MEAN and (unknown := without_mean(places, means)):
+            notes += (
+                f"Channels {', '.join(map(str, unknown))} are at no other token massive in the texts that means are taken of, and "
+                "were left as they are there.",
+            )
+        if not target.edits:
+            continue
         controls = tuple(other_channels(model, places, own, draws=draws, seed=seed))
         found.append(Cut(link, named, controls, notes))
-    return found[0], found[1]
+    return tuple(found)
 
 
 def heads_cut(model: LiveModel, heads: Sequence[tuple[int, str, int]], *, draws: int, seed: int) -> Cut:

@@ -31,7 +31,8 @@ def text_rows(base: Readings, cut: Readings, *, layers: range | None, seed: int)
       where they are massive, over the sequences that have one;
     * `largest_share`: the same of the largest |x| of each text after a block, by layer;
     * `sink_share`: Σ attention to the first token under the cut ÷ without, over heads of all layers behind the block where massive
-      activations form (of all layers where none do), and by layer. 1 − this is the decay rate D of arXiv 2507.23279.
+      activations form (of all layers where none do), and by layer. 1 − this is the decay of sums over heads; the decay
+      rate D of arXiv 2507.23279, a mean over heads of ratios, is told by the analysis `sink_decay`.
 
     Args:
         base, cut: of the same texts.

@@ -93,8 +93,8 @@ def induction_heads(
 
 
 def _other_offsets(segment: int, random: np.random.Generator) -> list[int]:
-    """Places after the copy that are neither the token after it nor the one before the query."""
-    free = np.arange(2, segment - 1)
+    """Places δ, read at 1 + δ after the copy, that are neither the token after it (δ = 0) nor the one before the query."""
+    free = np.arange(1, segment - 2)
     return sorted(random.choice(free, min(_OFFSETS, len(free)), replace=False).tolist())
 
 

@@ -8,7 +8,7 @@ nothing where zero costs much shows that the activation carries no information: 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -165,10 +165,21 @@ def to_zero(places: MassivePlaces) -> Intervention:
 
 
 def to_mean(places: MassivePlaces, means: StreamMeans) -> Intervention:
-    """Every massive channel at its mean, where it is massive; apart for the first token of a text and for others."""
+    """Every massive channel at its mean, where it is massive; apart for the first token of a text and for others.
+
+    Channels without a mean at other tokens (`without_mean`) are left as they are there.
+    """
     first = tuple(float(means.first[c]) for c in places.first_channels)
-    other = tuple(means.massive.get(c, 0.0) for c in places.other_channels)
-    return Intervention(_edits(places, first, other), name="massive activations to their mean")
+    known = tuple(c for c in places.other_channels if c in means.massive)
+    other = tuple(means.massive[c] for c in known)
+    return Intervention(
+        _edits(replace(places, other_channels=known), first, other), name="massive activations to their mean"
+    )
+
+
+def without_mean(places: MassivePlaces, means: StreamMeans) -> tuple[int, ...]:
+    """Channels that are massive at other tokens, and never are in the texts that the means are of."""
+    return tuple(c for c in places.other_channels if c not in means.massive)
 
 
 def other_channels(

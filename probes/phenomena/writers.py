@@ -34,6 +34,7 @@ from moescope.probes.batches import Batch
 from moescope.probes.forward import logits_of, to_device
 from moescope.probes.live_model import LiveModel
 from moescope.probes.projections import down_projection, output_projection, widths
+from moescope.probes.shared_expert_taps import routed_scale
 from moescope.probes.taps import sites_of, tapped
 
 _PARTS = 64  # of a sublayer, the largest: a model may have millions of neurons
@@ -180,6 +181,7 @@ class _Reader:
             self.sublayers.append((site, s, inner))
             wanted += [site, *inner]
         self.sites = wanted
+        self.moes = {Site(s.layer, s.block, EXPERT_OUT): model.module.get_submodule(s.path) for s in anatomy.moe}
         self.seen: dict[Site, torch.Tensor] = {}
         self.sums: dict[tuple[Kind, int, str], NDArray[np.float64]] = {}  # by number
         self.total, self.sequences = 0.0, 0
@@ -196,13 +198,26 @@ class _Reader:
             tensor = (tensor.flatten(0, 1) if in_rows else tensor).index_select(0, flat.to(tensor.device))
             if site.tensor == EXPERT_OUT:
                 picked = [tensors[n].index_select(0, flat.to(tensor.device)) for n in ("indices", "weights")]
-                tensor = torch.stack([picked[0].double(), picked[1].double() * tensor[..., self.channel].double()])
+                moe = self.moes[site]
+                at = self._in_channel(moe, tensor)
+                if at is None:
+                    return  # the sublayer stays in one piece
+                tensor = torch.stack([picked[0].double(), picked[1].double() * at * routed_scale(moe)])
             self.seen[site] = tensor.double().cpu()  # a few rows
 
         with torch.no_grad(), tapped(self.model.module, self.model.anatomy, self.sites, receive):
             logits_of(self.model, given)
         self._add(len(rows))
         self.seen.clear()
+
+    def _in_channel(self, moe: nn.Module, out: torch.Tensor) -> torch.Tensor | None:
+        """[row, slot] what slots put out in the channel; None where experts work in a width that leads there in an unknown way."""
+        if out.shape[-1] == self.model.anatomy.d_model:
+            return out[..., self.channel].double()
+        up = getattr(moe, "fc2_latent_proj", None)
+        if not isinstance(up, nn.Linear) or up.bias is not None:
+            return None
+        return out.double() @ up.weight[self.channel].to(out.device).double()
 
     def _add(self, rows: int) -> None:
         c = self.channel
@@ -222,9 +237,9 @@ class _Reader:
     def _sublayer(self, s: Sublayer, inner: list[Site], added: torch.Tensor) -> None:
         """What one sublayer adds, part by part."""
         parts: dict[Kind, torch.Tensor] = {}
-        if s.kind == "moe" and any(site.tensor == EXPERT_OUT for site in inner):
+        if s.kind == "moe" and any(site.tensor == EXPERT_OUT and site in self.seen for site in inner):
             parts = self._experts(s, inner)
-        elif inner and (projection := _projection(self.model, s)) is not None:
+        elif inner and s.kind != "moe" and (projection := _projection(self.model, s)) is not None:
             weight, bias = _row(projection, self.channel)
             values = self.seen[inner[0]]
             if s.block.startswith("attn"):

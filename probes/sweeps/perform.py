@@ -129,8 +129,10 @@ class SweepRequest:
     ) -> SweepCost:
         """What it will take, from a few timed passes; nothing is stored."""
         plan = batch_size or BATCH_SIZE, min(max_length or MAX_LENGTH, self.model.context or MAX_LENGTH)
-        batches = self.batches(*plan)
-        return cost_of(SweepPasses(self.model, rows or plan[0]), list(grouped(self.variants)), batches)
+        batches, variants = self.batches(*plan), self.variants
+        if self.screen is not None:  # the others are estimated together, in about two passes
+            variants = variants[:: max(1, len(variants) // max(1, self.screen + self.sample))]
+        return cost_of(SweepPasses(self.model, rows or plan[0]), list(grouped(variants)), batches)
 
     def batches(self, batch_size: int, max_length: int) -> list[Batch]:
         """The corpus, cut into batches."""

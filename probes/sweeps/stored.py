@@ -141,10 +141,10 @@ def check_base(base: Run, found: GroupSums, most: float) -> None:
         reason = f"a mean difference of {difference:.3g} nats" if difference > most else None
     if reason is not None:
         raise RunError(
-            f"the unedited model does not give the numbers of its baseline run {base.name!r}",
+            f"the unedited model does not give the numbers of its base run {base.name!r}",
             expected=f"the same NLL, within {most:g} nats on average",
             found=reason,
-            fix="record a new baseline with this model and these versions (leave --base out)",
+            fix="record a new base run with this model and these versions (leave --base out)",
         )
 
 

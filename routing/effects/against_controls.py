@@ -58,27 +58,42 @@ def differences(run: Run, effect_id: str, *, draws: int, seed: int) -> dict[str,
         controls = part[part["kind"] == "control"]
         if target.empty or controls.empty:
             continue
-        by_draw = controls.pivot_table(index="draw", columns="document_id", values="total", aggfunc="sum")
-        sums = by_draw.reindex(columns=target.index).fillna(0.0).to_numpy(np.float64)
-        n = target["n"].to_numpy(np.float64)
-        found[str(metric)] = beyond_controls(target["total"].to_numpy(np.float64), sums, n, draws=draws, seed=seed)
+        everywhere = sorted({*target.index, *controls["document_id"]})
+        mine = target.reindex(everywhere)[["total", "n"]].fillna(0.0).to_numpy(np.float64)
+        sums, n = (_laid(controls, column, everywhere) for column in ("total", "n"))
+        found[str(metric)] = beyond_controls(mine[:, 0], sums, mine[:, 1], n, draws=draws, seed=seed)
     return found
 
 
-def beyond_controls(target: Floats, controls: Floats, n: Floats, *, draws: int, seed: int) -> Difference:
+def _laid(controls: pd.DataFrame, column: str, documents: list[int]) -> Floats:
+    """[draw, document] a column of the controls, 0 where a control has nothing of a document."""
+    table = controls.pivot_table(index="draw", columns="document_id", values=column, aggfunc="sum")
+    return table.reindex(columns=documents).fillna(0.0).to_numpy(np.float64)
+
+
+def beyond_controls(
+    target: Floats, controls: Floats, n: Floats, control_n: Floats | None = None, *, draws: int, seed: int
+) -> Difference:
     """Mean of the effect less the mean of its controls, with a bootstrap interval of 95 % over documents and over draws.
 
     In every resample the same documents are drawn for all, and the controls are drawn anew with replacement, so that the
     interval holds the spread between draws as well as that between documents.
 
     Args:
-        target: [document] sums; controls: [draw, document] sums; n: [document] tokens.
+        target: [document] sums; controls: [draw, document] sums.
+        n: [document] tokens of the target.
+        control_n: [draw, document] tokens of the controls; None for those of the target. (A text too short for a measure
+            of what is written has none under one variant, and may have some under another.)
         draws: resamples.
         seed: of the resampling.
     """
-    total = n.sum()
-    means = controls.sum(1) / total
-    value = target.sum() / total
+    control_n = np.broadcast_to(n, controls.shape) if control_n is None else control_n
+    means = np.divide(controls.sum(1), control_n.sum(1), out=np.full(len(controls), np.nan), where=control_n.sum(1) > 0)
+    known = np.isfinite(means)
+    controls, control_n, means = controls[known], control_n[known], means[known]
+    if not len(means) or not n.sum():
+        return Difference(float("nan"), float("nan"), float("nan"), float("nan"), float("nan"), len(means))
+    value = target.sum() / n.sum()
     # Ties within rounding are ties: an intervention that does nothing ranks among controls that do nothing.
     at_least = np.abs(means) >= abs(value) * (1 - 1e-9)
     rank = (1 + int(at_least.sum())) / (1 + len(means))
@@ -87,13 +102,10 @@ def beyond_controls(target: Floats, controls: Floats, n: Floats, *, draws: int, 
     if len(n) > 1:
         weights = document_weights(len(n), draws=draws, seed=seed).astype(np.float64)
         picked = document_weights(len(means), draws=draws, seed=seed + 1) / len(means)
-        tokens = weights @ n
-        resampled = np.divide(
-            weights @ target - ((weights @ controls.T) * picked).sum(1),
-            tokens,
-            out=np.full(draws, np.nan),
-            where=tokens > 0,
-        )
+        tokens, below = weights @ n, weights @ control_n.T
+        own = np.divide(weights @ target, tokens, out=np.full(draws, np.nan), where=tokens > 0)
+        shares = np.divide(weights @ controls.T, below, out=np.full(below.shape, np.nan), where=below > 0)
+        resampled = own - np.where(picked > 0, shares * picked, 0.0).sum(1)
         low, high = (float(bound) for bound in np.nanquantile(resampled, [0.025, 0.975]))
     return Difference(float(value - means.mean()), low, high, rank, between, len(means))
 

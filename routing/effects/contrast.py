@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pandas as pd
 import pyarrow as pa
 
@@ -130,7 +132,7 @@ def _result(
     unit = _UNITS[measure] if not weighted else "weight a prompt" if measure == "resonance" else "weight a token"
     definition = _WORDS[measure].replace("that choose", "by the weight they give") if weighted else _WORDS[measure]
     return Result(
-        title=_title(frame, sides, unit),
+        title=_title(frame, sides, unit, permutations),
         table=pa.Table.from_pandas(frame, preserve_index=False),
         draw=contrast_figure,
         n=len(sides.tokens),
@@ -177,10 +179,16 @@ def _table(sides: Sides, found: Difference, measure: Measure, *, weighted: bool)
     return frame.loc[order].reset_index(drop=True)
 
 
-def _title(frame: pd.DataFrame, sides: Sides, unit: str) -> str:
+def _title(frame: pd.DataFrame, sides: Sides, unit: str, permutations: int) -> str:
     a, b = sides.names
     sure = frame[frame["q"] < _FOUND]
     if sure.empty:
+        used, smallest = int(((frame["a"] != 0) | (frame["b"] != 0)).sum()), 1 / (permutations + 1)
+        if used * smallest > _FOUND and bool((frame["p"] <= smallest * (1 + 1e-6)).any()):
+            return (
+                f"Undecided: by {permutations:,} shuffles no fewer than {math.ceil(used * smallest / _FOUND):,} of {used:,} experts "
+                f"could pass q < {_FOUND} together, and some have the smallest possible p; ask for more permutations"
+            )
         return f"No expert tells {a} from {b} beyond what shuffled prompts give (q < {_FOUND})"
     most = sure.iloc[sure["value"].abs().argmax()]
     more, less = (a, b) if most["value"] > 0 else (b, a)

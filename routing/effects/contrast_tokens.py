@@ -16,6 +16,7 @@ from moescope.core.figures import heatmap
 from moescope.core.result import Result
 from moescope.core.statistics import benjamini_hochberg, document_weights
 from moescope.routing.context import joined, pieces
+from moescope.routing.effects.document_p_values import ratio_p
 from moescope.routing.grid import expert_grid, layer_name
 from moescope.routing.trace import Trace, read_trace
 from moescope.store.run import Run
@@ -42,8 +43,9 @@ def token_experts(run: Run, *, words: str | None = None, draws: Count = 1000, se
     never comes without the other, −1 where they never meet.
 
     The null is in closed form: with words shuffled within documents, the tokens that are both x and e have the sum of
-    hypergeometric means Σ n_x n_e / n over documents, and the sum of their variances; p (two-sided, normal) and q
-    (Benjamini–Hochberg) follow from these.
+    hypergeometric means Σ n_x n_e / n over documents. p is that of a t-test over documents of observed less expected, since
+    words come in bursts and routing is sticky, so that tokens of one document are not independent; it is 1 where fewer than
+    two documents hold a word. q by Benjamini and Hochberg.
 
     Args:
         words: tokens, divided by commas: ids (13,27), or texts as the vocabulary has them, spaces at the ends not counted
@@ -94,7 +96,7 @@ def token_experts(run: Run, *, words: str | None = None, draws: Count = 1000, se
             "q": "false-discovery rate",
             "n": "tokens of the expert",
         },
-        interval=f"95 % percentile bootstrap over documents, {draws} resamples",
+        interval=f"95 % percentile bootstrap over documents, {draws} resamples, widened to hold the value",
         null="words shuffled within documents, in closed form: the nPMI at the expected number of tokens that are both",
         computation="tokens counted by document, word and expert",
         notes=(*trace.notes, *((f"No token of the run is {', '.join(missing)}.",) if missing else ())),
@@ -149,17 +151,13 @@ def _shown(run: Run, ids: NDArray[np.int64]) -> str:
 
 
 def _of_router(trace: Trace, number: int, word: NDArray[np.bool_], draws: int, seed: int) -> pd.DataFrame:
-    from scipy.stats import norm
-
     router, documents = trace.routers[number], trace.n_documents
     total = np.bincount(trace.document, minlength=documents).astype(np.float64)[:, None]
     words = np.bincount(trace.document, weights=word, minlength=documents)[:, None]
     chosen, both = (_counted(trace, number, rows) for rows in (np.ones_like(word), word))
     mean = (words * chosen / total).sum(0)
-    spread = words * chosen * (total - words) * (total - chosen)
-    variance = np.divide(spread, total**2 * (total - 1), out=np.zeros_like(spread), where=total > 1).sum(0)
-    away = np.abs(both.sum(0) - mean)
-    z = np.divide(away, np.sqrt(variance), out=np.zeros_like(away), where=variance > 0)
+    excess = both - words * chosen / total
+    p = ratio_p(excess, np.broadcast_to((words > 0).astype(np.float64), excess.shape))
     value = npmi(both.sum(0), words.sum(), chosen.sum(0), total.sum())
     low = high = np.full(router.n_experts, np.nan)
     if documents > 1:
@@ -178,7 +176,7 @@ def _of_router(trace: Trace, number: int, word: NDArray[np.bool_], draws: int, s
             "null": npmi(mean, words.sum(), chosen.sum(0), total.sum()),
             "together": both.sum(0).astype(np.int64),
             "expected": mean,
-            "p": np.where(variance > 0, 2 * norm.sf(z), 1.0),
+            "p": np.where(np.isnan(p), 1.0, p),
             "n": chosen.sum(0).astype(np.int64),
         }
     )

@@ -17,7 +17,11 @@ from moescope.routing.effects.stored_effects import ROWS_SQL, StoredEffect, stor
 from moescope.store.run import Run
 
 INTERVAL = "95 % percentile bootstrap over documents, 1,000 resamples"
-NULL = "mean of the matched random controls: the same edit of others of the same size, layers and, for experts, load"
+NULL = (
+    "mean of its random controls: the same edit of as many others, or of a random direction of the same norm. Of one effect: in the "
+    "same layers (Skip: in others) and, for experts, of the nearest loads; random sets of sweeps are not matched by load, and heads "
+    "masked on needle trials only where layers were matched"
+)
 DEFINITION = (
     "Over predicted tokens, edited model against the unedited one on the same tokens. delta_nll: NLL under the edit less NLL "
     "without; kl: KL(unedited ‖ edited) of the distribution over each token; flips: share of tokens whose most likely "
@@ -83,7 +87,7 @@ def effect(run: Run, *, effect: str = "latest", draws: Count = 1000, seed: Natur
         units={f"value[{metric}]": unit for metric, unit in _units(rows).items()}
         | {"n": "tokens; for what is written, texts"},
         interval=f"{INTERVAL}; of differences: over documents and controls, {draws:,} resamples",
-        null=NULL,
+        null=NULL if found.controls else "none: there are no controls",
         sql=ROWS_SQL,
         sql_parameters={"run": run.run_id, "effect": found.effect_id},
         computation="differences from the controls, resampled from the sums by sequence in effect_sequences",

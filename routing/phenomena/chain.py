@@ -61,7 +61,8 @@ def phenomena_chain(run: Run, *, threshold: float = 0.1, uncut: bool = False) ->
     where no needle trial was counted whose induction score, reaches the threshold.
 
     A number at a link is the share of what stands behind it that remains once the link is cut: Σ with the cut ÷ Σ without, over
-    the same texts; by layer too, where 1 − the share of attention to first tokens is the decay rate D of arXiv 2507.23279.
+    the same texts; by layer too, where 1 − the share of attention to first tokens is the decay of sums over heads; the decay
+    rate D of arXiv 2507.23279, a mean over heads of ratios, is told by `sink_decay`.
     The same cut made at random (other experts of the router at like load, other neurons or heads of the sublayer, other
     channels) stands beside each. `moescope phenomena` makes the cuts. Taking a massive activation to zero takes out all that
     stands in the channel, what its writer added and what was there before.

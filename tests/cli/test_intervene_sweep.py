@@ -94,3 +94,13 @@ def test_what_cannot_be_swept_is_refused_in_one_line(
     options: tuple[str, ...], words: tuple[str, ...], sweep: Cli
 ) -> None:
     sweep(*options, "--json").assert_refused(*words)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [("--kind", "top_k", "--numbers", "1,2"), ("--kind", "top_p", "--shares", "0.5"), ("--kind", "routing_value")],
+)
+def test_every_kind_is_printed(sweep: Cli, options: tuple[str, ...]) -> None:
+    outcome = sweep(*options, "--draws", 2, "--layers", "5")
+    assert outcome.code == 0, outcome.err
+    assert "What it shows" in outcome.out

@@ -1,4 +1,4 @@
-"""`moescope intervene effect`: what an intervention does, against its baseline and matched random controls."""
+"""`moescope intervene effect`: what an intervention does, against its base run and matched random controls."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from moescope.probes.corpus import Corpus
     from moescope.probes.live_model import LiveModel
 
-StorePath = Annotated[Path, typer.Option(help="DuckDB file that holds the baseline run and gets the effect.")]
+StorePath = Annotated[Path, typer.Option(help="DuckDB file that holds the base run and gets the effect.")]
 _ENDINGS = (".html", ".png", ".svg", ".csv", ".parquet", ".json")
 
 
@@ -59,7 +59,7 @@ def effect(
     prompts: Annotated[int, typer.Option(min=1, help="How many texts --generate continues.")] = 16,
     decompose: Annotated[
         bool,
-        typer.Option("--decompose", help="Split the effect into content and re-routing, by replaying the baseline."),
+        typer.Option("--decompose", help="Split the effect into content and re-routing, by replaying the base run."),
     ] = False,
     keep_run: Annotated[
         str | None,
@@ -67,12 +67,12 @@ def effect(
     ] = None,
     batch_size: Annotated[
         int | None,
-        typer.Option(min=1, help="Sequences a forward pass.  [default: the baseline's, else 8]", show_default=False),
+        typer.Option(min=1, help="Sequences a forward pass.  [default: the base run's, else 8]", show_default=False),
     ] = None,
     max_length: Annotated[
         int | None,
         typer.Option(
-            min=2, help="Tokens of the longest sequence.  [default: the baseline's, else 512]", show_default=False
+            min=2, help="Tokens of the longest sequence.  [default: the base run's, else 512]", show_default=False
         ),
     ] = None,
     save_intervention: SaveIntervention = None,

@@ -230,6 +230,7 @@ def _print(answer: Result) -> None:
     first = frame[frame["metric"] == frame["metric"].iloc[0]]
     shown = first.reindex(first["value"].abs().sort_values(ascending=False, kind="stable").index)[:20]
     shown = shown.drop(columns=["effect"], errors="ignore").dropna(axis=1, how="all").astype(object)
+    shown = shown.where(shown.notna(), None)
     table(list(shown.columns), [[cell(value) for value in row] for row in shown.itertuples(index=False)])
     if len(first) > len(shown):
         typer.echo(f"… {len(frame):,} rows in all; --output x.csv has them")

@@ -68,7 +68,8 @@ class Ablate(OfExperts):
             zeroed down projection); `renormalise`: the same, and the other slots of the token are scaled up so that the sum of
             weights stays; `route_around`: the router cannot choose it and takes its next choice, by its own rule; `mean`: its
             contribution is weight · its mean output (`means`); `copy`: its contribution is weight · what it was given.
-        means: for `mean`, one vector of d_model an expert, in the order of `experts`; calibrated where left out.
+        means: for `mean`, one vector of d_model an expert, in the order of `experts`; `ms.effect` calibrates them where left out,
+            `model.edited` and `ms.record` need them.
     """
 
     how: How = "zero"
@@ -132,7 +133,8 @@ class SetRouting(ExpertEdit):
     """Give the experts the decisions of a recorded run of the same texts.
 
     Attributes:
-        run: name of the run, with the records of probe `routing`.
+        run: name of the run, with the records of probe `routing`; `model.edited(…, sources={name: run})` needs the `Run`,
+            `ms.effect` finds it in its store.
         weights: whose weights: `recorded`, or `own`, those that the router's rule gives to the recorded experts.
     """
 

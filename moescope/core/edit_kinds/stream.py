@@ -118,7 +118,8 @@ class Patch(StreamEdit):
     """Put in vectors recorded in another run of the same texts, at every token that run kept there.
 
     Attributes:
-        run: name of the run, with vectors recorded at the site (`record(..., sites=...)`).
+        run: name of the run, with vectors recorded at the site (`record(..., sites=...)`); `model.edited(…, sources={name: run})`
+            needs the `Run`, `ms.effect` finds it in its store.
     """
 
     run: str = ""

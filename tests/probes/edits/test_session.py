@@ -393,3 +393,14 @@ def test_a_rule_first_asked_for_inside_a_session_is_the_plain_model_s(model: Any
     ):  # would spoil every decision it is held against
         check_intervention(model, e.Intervention([e.TopK(k=1)]))
     assert all(bound.rule.agreement == 1 for bound in rules_of(model).values())
+
+
+def test_a_run_recorded_inside_a_session_names_the_intervention(tiny_model: Any, token_ids: Any, store: Any) -> None:
+    model, cut = ms.load(tiny_model("qwen3_moe")), ms.Intervention([ms.edits.Ablate(layer=0, experts=1)], name="cut")
+    corpus = ms.Corpus.from_token_ids(token_ids((9, 12)))
+    with model.edited(cut):
+        run = ms.record(model, corpus, store, name="inside", progress=False)
+    assert ms.Intervention.from_data(run.info["intervention"]) == cut
+    assert ms.record(model, corpus, store, name="outside", progress=False).info["intervention"] == {}
+    with model.edited([ms.Intervention(), cut]), pytest.raises(InputError, match="a run is of one intervention"):
+        ms.record(model, corpus, store, name="both", progress=False)

@@ -38,7 +38,7 @@ def test_as_many_other_experts_of_the_same_layers(kind: str, drawn: Callable[...
     edit = getattr(experts, kind)(layer=(1, 4), experts=[2, 3])
     found = drawn(edit, loads=LOADS)
     assert len(found.interventions) == 5
-    assert found.notes == ()
+    assert all(note.startswith("Loads are matched poorly") for note in found.notes)
     chosen = set()
     for control in found.interventions:
         assert [made.layer for made in control.edits] == [1, 4]

@@ -129,7 +129,7 @@ def test_baseline_of_another_model_of_the_same_name_is_not_taken(
     other = ms.load(tiny_model("qwen3_moe", seed=1))
     assert other.name == qwen.name
     assert measure(other, ablate(1, 2)).base.name == "base-2"
-    with pytest.raises(RunError, match=r"does not give the numbers of its baseline run 'base'.*nothing was stored"):
+    with pytest.raises(RunError, match=r"does not give the numbers of its base run 'base'.*nothing was stored"):
         measure(other, ablate(1, 2), base="base")
 
 

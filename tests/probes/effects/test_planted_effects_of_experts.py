@@ -160,3 +160,12 @@ def test_controls_that_differ_widen_the_interval() -> None:
     assert narrow.ci_low == narrow.ci_high == 1.0
     assert wide.ci_low < 0.7
     assert wide.ci_high > 1.3
+
+
+def test_a_control_is_divided_by_its_own_tokens() -> None:
+    """A text too short for a measure under one variant counts in that one's mean no more than in its sum."""
+    from moescope.routing.effects.against_controls import beyond_controls
+
+    target, n = np.array([5.0, 5.0]), np.array([10.0, 10.0])
+    controls, control_n = np.array([[5.0, 0.0]]), np.array([[10.0, 0.0]])
+    assert beyond_controls(target, controls, n, control_n, draws=50, seed=0).value == 0.0

@@ -21,6 +21,7 @@ from moescope.probes.phenomena.massive import (
     stream_means,
     to_mean,
     to_zero,
+    without_mean,
 )
 from moescope.store.run import Run
 
@@ -149,7 +150,8 @@ def test_means_of_channels_that_are_never_large_elsewhere_are_missing(
     assert means.massive == {}
     assert means.texts == 2
     places = MassivePlaces(0, 1, 1, 200.0, 200.0, {0: 3}, (), (1,))
-    assert to_mean(places, means).edits[0].values == (0.0,)
+    assert to_mean(places, means).edits == (), "no mean is known: nothing is put in its place"
+    assert without_mean(places, means) == (1,)
 
 
 def _stream(module: Any, row: list[int]) -> torch.Tensor:

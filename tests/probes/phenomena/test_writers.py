@@ -130,3 +130,27 @@ def test_places_that_cannot_be_taken_apart_together_are_refused(
         apart(module, sequences, [])
     with pytest.raises(InputError, match="none of the places"):
         apart(module, sequences, [Place(17, 0, 0, 1)])
+
+
+@pytest.mark.parametrize("family", ["laguna", "nemotron_h"])
+def test_experts_are_taken_apart_as_the_block_adds_them(family: str, token_ids: Callable[..., Any]) -> None:
+    """A factor behind the sum over experts, and experts in a width of their own: the shared part is what its module puts out."""
+    from moescope.core.sites import SHARED_OUT, Site
+    from moescope.probes.families.tiny import build_tiny
+    from moescope.probes.taps import tapped
+
+    module = build_tiny(family)
+    model = ms.load(module)
+    moe = model.anatomy.moe[0]
+    owner = module.get_submodule(moe.path)
+    if family == "laguna":
+        owner.routed_scaling_factor = 4.0
+    site = Site(moe.layer, moe.block, SHARED_OUT)
+    (row,) = token_ids((7,))
+    seen: list[torch.Tensor] = []
+    with torch.no_grad(), tapped(module, model.anatomy, [site], lambda _, tensors: seen.append(tensors["out"])):
+        module(input_ids=torch.tensor([row]), use_cache=False)
+    truth = float(seen[0].reshape(len(row), -1)[3, CHANNEL])
+    origin = apart(module, [row], [Place(0, model.anatomy.n_layers - 1, 3, CHANNEL)])
+    experts = parts_of(origin, "expert", moe.layer)
+    assert experts[-1] == pytest.approx(truth, rel=1e-4, abs=1e-7)

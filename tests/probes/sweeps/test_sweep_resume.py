@@ -107,7 +107,7 @@ def test_base_run_of_another_model_is_refused(
 ) -> None:
     base = baseline(model, corpus, store, progress=False)
     other = ms.load(swept_model("deepseek_v3", seed=1))
-    with pytest.raises(RunError, match="does not give the numbers of its baseline run"):
+    with pytest.raises(RunError, match="does not give the numbers of its base run"):
         sweep(other, corpus, store, kind="top_k", numbers=[1], base=base, progress=False)
     assert store.fetch("SELECT count(*) FROM effects")[0][0] == 0
 

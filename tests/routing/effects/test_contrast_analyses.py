@@ -261,3 +261,29 @@ def test_words_that_are_not_there_are_refused(plant: Plant, planted: ModuleType,
     run = plant(lengths=[4], routers=[planted.Router(np.zeros((4, 1), int), 2)])
     with pytest.raises(InputError, match=refused):
         analyze(run, "token_experts", words=words)
+
+
+def test_words_in_bursts_and_sticky_routing_that_know_nothing_of_each_other_are_rarely_called(
+    plant: Plant, planted: ModuleType
+) -> None:
+    """Both stay as they are with probability 0.6 from token to token: tokens of a text are not independent."""
+    random, called, tests = np.random.default_rng(0), 0, 0
+    for _ in range(12):
+        words, experts = (_sticky(random, documents=16, length=120, states=s, stay=0.6) for s in (2, 8))
+        run = plant(
+            lengths=[120] * 16,
+            ids=words.tolist(),
+            routers=[planted.Router(experts[:, None], 8)],
+            vocabulary={0: b"a", 1: b"b"},
+        )
+        p = analyze(run, "token_experts", words="1", draws=20).df()["p"]
+        called, tests = called + int((p < 0.05).sum()), tests + len(p)
+    assert called <= 12, f"{called} of {tests}, where 5 % are 4.8"  # more than 12 of 96 have a chance of 0.2 %
+
+
+def _sticky(random: np.random.Generator, *, documents: int, length: int, states: int, stay: float) -> np.ndarray:
+    found = random.integers(0, states, (documents, length))
+    for place in range(1, length):
+        kept = random.random(documents) < stay
+        found[kept, place] = found[kept, place - 1]
+    return found.ravel()
