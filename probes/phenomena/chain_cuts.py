@@ -82,7 +82,9 @@ def massive_cuts(
     for link, target, own in ((ZERO, to_zero(places), None), (MEAN, to_mean(places, means), means)):
         channels = ", ".join(map(str, sorted({*places.first_channels, *places.other_channels})))
         named = Intervention(target.edits, name=named_cut(link, f"channels {channels} after block {places.layer}"))
-        notes = () if places.on_first_tokens else ("Controls act on the first token of each text alone.",)
+        notes: tuple[str, ...] = (
+            () if places.on_first_tokens else ("Controls act on the first token of each text alone.",)
+        )
         if link == MEAN and (unknown := without_mean(places, means)):
             notes += (
                 f"Channels {', '.join(map(str, unknown))} are at no other token massive in the texts that means are taken of, and "

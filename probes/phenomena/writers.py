@@ -214,10 +214,11 @@ class _Reader:
         """[row, slot] what slots put out in the channel; None where experts work in a width that leads there in an unknown way."""
         if out.shape[-1] == self.model.anatomy.d_model:
             return out[..., self.channel].double()
-        up = getattr(moe, "fc2_latent_proj", None)
-        if not isinstance(up, nn.Linear) or up.bias is not None:
+        up: Any = getattr(moe, "fc2_latent_proj", None)
+        if up is None or getattr(up, "bias", None) is not None:
             return None
-        return out.double() @ up.weight[self.channel].to(out.device).double()
+        row: torch.Tensor = up.weight[self.channel]
+        return out.double() @ row.to(out.device).double()
 
     def _add(self, rows: int) -> None:
         c = self.channel

@@ -68,7 +68,8 @@ def differences(run: Run, effect_id: str, *, draws: int, seed: int) -> dict[str,
 def _laid(controls: pd.DataFrame, column: str, documents: list[int]) -> Floats:
     """[draw, document] a column of the controls, 0 where a control has nothing of a document."""
     table = controls.pivot_table(index="draw", columns="document_id", values=column, aggfunc="sum")
-    return table.reindex(columns=documents).fillna(0.0).to_numpy(np.float64)
+    found: Floats = table.reindex(columns=documents).fillna(0.0).to_numpy(np.float64)
+    return found
 
 
 def beyond_controls(
