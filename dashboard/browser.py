@@ -12,7 +12,7 @@ HIDDEN: dict[str, Any] = {"aria-hidden": "true"}
 
 def in_browser(app: dash.Dash, name: str, *arguments: Any, space: str = "moescope") -> None:
     """Register `dash_clientside.{space}.{name}` with its outputs, inputs and states."""
-    app.clientside_callback(dash.ClientsideFunction(space, name), *arguments)  # type: ignore[no-untyped-call]
+    app.clientside_callback(dash.ClientsideFunction(space, name), *arguments)  # type: ignore[no-untyped-call]  # of dash
 
 
 def named(text: str) -> dict[str, Any]:

@@ -176,7 +176,7 @@ def _explained() -> Iterator[None]:
             found=" ".join(str(full).split())[:200],
             fix="lower batch_size (--batch-size) or max_length (--max-length)",
         ) from full
-    except Exception as failure:
+    except Exception as failure:  # whatever a model may raise, told as its failure
         raise RunError(
             "the model failed on a batch",
             found=f"{type(failure).__name__}: {' '.join(str(failure).split())[:400]}",

@@ -41,7 +41,7 @@ def probe_seconds(recording: Recording, batch: Batch) -> dict[str, float]:
     ways: dict[str, Callable[[], float]] = {FORWARD: lambda: _plain(recording, batch, generate)}
     for entry in recording.entries:
         chosen = base if entry in base else [*base, entry]
-        ways[entry.name] = lambda chosen=chosen: _under(recording, chosen, batch, generate)[0]  # type: ignore[misc]
+        ways[entry.name] = lambda chosen=chosen: _under(recording, chosen, batch, generate)[0]  # type: ignore[misc]  # bound now, not when called
     rounds = [{name: run() for name, run in ways.items()} for _ in range(_ROUNDS)]
     least = {name: min(times[name] for times in rounds) for name in ways}
     tokens = least.get("tokens", least[FORWARD])

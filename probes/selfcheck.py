@@ -94,7 +94,7 @@ def check_generation(model: LiveModel, batch: DeviceBatch) -> None:
         )
     except (MoescopeError, torch.OutOfMemoryError):
         raise
-    except Exception as refused:
+    except Exception as refused:  # a model's own generate may raise anything; told as its reason
         text = " ".join(str(refused).split())[:300]
         raise cannot_generate(model, f"its generate fails: {type(refused).__name__}: {text}") from refused
     if not fed or fed[0] != batch.ids.shape or any(shape[1] != 1 for shape in fed[1:]):

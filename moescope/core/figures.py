@@ -28,7 +28,7 @@ _BOTTOM = 56
 
 def finish(figure: go.Figure, *, title: str, subtitle: str) -> go.Figure:
     """Give a figure the common look, its finding as title and its n as subtitle."""
-    text = _wrapped(title)
+    text = wrapped(plain(title))
     top = 92 + 22 * text.count("<br>") + (20 if _titled_panels(figure) else 0)
     # The plot's height, where the figure has one of its own: the legend stands a constant way below it.
     height = max(80, figure.layout.height - top - _BOTTOM) if figure.layout.height else None
@@ -147,8 +147,8 @@ def plain(text: str) -> str:
     return text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
 
 
-def _wrapped(text: str, width: int = 92) -> str:
-    """Break a title into lines of about `width` characters, since Plotly does not wrap; escaped for its HTML subset."""
+def wrapped(text: str, width: int = 92) -> str:
+    """Break text into lines of about `width` characters, since Plotly does not wrap; text from outside goes through `plain` first."""
     lines, line = [], ""
     for word in text.split():
         if line and len(line) + len(word) >= width:
@@ -156,4 +156,4 @@ def _wrapped(text: str, width: int = 92) -> str:
             line = word
         else:
             line = f"{line} {word}".strip()
-    return "<br>".join(plain(part) for part in [*lines, line])
+    return "<br>".join([*lines, line])

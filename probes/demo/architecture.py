@@ -25,7 +25,7 @@ def demo_config(tokenizer: PreTrainedTokenizerBase) -> Qwen3MoeConfig:
         num_hidden_layers=6,
         num_attention_heads=6,
         num_key_value_heads=2,
-        head_dim=32,  # type: ignore[call-arg]
+        head_dim=32,  # type: ignore[call-arg]  # taken by **kwargs
         num_experts=16,
         num_experts_per_tok=2,
         norm_topk_prob=True,

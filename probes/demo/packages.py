@@ -46,7 +46,7 @@ class Package:
 
 def run_quietly(*command: str, folder: Path) -> None:
     """Run a program in `folder`; raises `subprocess.CalledProcessError`, with its output, where it fails."""
-    subprocess.run(command, cwd=folder, check=True, capture_output=True)  # noqa: S603
+    subprocess.run(command, cwd=folder, check=True, capture_output=True)  # noqa: S603  a fixed command
 
 
 def fetch_packages(cache: Path) -> dict[str, Package]:

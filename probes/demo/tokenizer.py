@@ -60,7 +60,7 @@ def train_tokenizer(texts: Iterator[str], *, vocabulary_size: int = VOCABULARY_S
     bpe.post_processor = processors.TemplateProcessing(
         single=f"{BOS} $A", pair=f"{BOS} $A {BOS} $B", special_tokens=[(BOS, bpe.token_to_id(BOS))]
     )
-    return PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
+    return PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]  # transformers and torch have no types here
         tokenizer_object=bpe,
         bos_token=BOS,
         eos_token=EOS,

@@ -85,7 +85,7 @@ def train_step(
     nll, balance = losses(model, batch)
     optimizer.zero_grad()
     loss = nll + model.config.router_aux_loss_coef * balance
-    loss.backward()  # type: ignore[no-untyped-call]
+    loss.backward()  # type: ignore[no-untyped-call]  # transformers and torch have no types here
     torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip_norm)
     optimizer.step()
     return {"step": step + 1, "loss": nll.item(), "aux_loss": balance.item(), "lr": learning_rate}
@@ -135,7 +135,7 @@ def export_model(model: Qwen3MoeForCausalLM, out: Path) -> None:
     """
     torch.nn.Module.to(model, torch.bfloat16)
     model.config.dtype = torch.bfloat16
-    model.generation_config = GenerationConfig(  # type: ignore[no-untyped-call]
+    model.generation_config = GenerationConfig(  # type: ignore[no-untyped-call]  # transformers and torch have no types here
         bos_token_id=model.config.bos_token_id,
         eos_token_id=model.config.eos_token_id,
         pad_token_id=model.config.pad_token_id,

@@ -258,3 +258,15 @@ class Edited:
 
     def _clear(self) -> None:
         self._now = None
+
+
+def interventions_in_force(model: LiveModel) -> tuple[Intervention, ...]:
+    """The interventions of the session that lasts on a model; none outside of any.
+
+    Example:
+        >>> import moescope as ms
+        >>> interventions_in_force(ms.load("demo"))
+        ()
+    """
+    session: Edited | None = vars(model.module).get(EDITED)
+    return () if session is None else tuple(session.interventions)

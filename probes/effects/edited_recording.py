@@ -13,8 +13,7 @@ from moescope.probes.anatomy import Anatomy
 from moescope.probes.batches import Sequence as BatchSequence
 from moescope.probes.edits.checks import check_intervention
 from moescope.probes.edits.compile import spots_of
-from moescope.probes.edits.router_rules import EDITED
-from moescope.probes.edits.session import Edited, edited
+from moescope.probes.edits.session import Edited, edited, interventions_in_force
 from moescope.probes.edits.slot_numbers import slots_under
 from moescope.probes.effects.sources import sources_of
 from moescope.probes.live_model import LiveModel
@@ -97,17 +96,14 @@ def in_force(model: LiveModel) -> dict[str, Any] | None:
     Raises:
         InputError: a session of several interventions: rows of one run would be under different ones.
     """
-    session = vars(model.module).get(EDITED)
-    if session is None:
-        return None
-    if len(session.interventions) > 1:
+    here = interventions_in_force(model)
+    if len(here) > 1:
         raise InputError(
             "a run is of one intervention",
-            found=f"a session of {len(session.interventions)}",
+            found=f"a session of {len(here)}",
             fix="record each by itself: record(…, intervention=…)",
         )
-    (only,) = session.interventions
-    return only.to_data() if only.edits else None
+    return here[0].to_data() if here and here[0].edits else None
 
 
 def _as_edited(anatomy: Anatomy, intervention: Intervention) -> Anatomy:

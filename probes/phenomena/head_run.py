@@ -18,6 +18,7 @@ from moescope.core.intervention import Intervention
 from moescope.core.text import whole_characters
 from moescope.core.versions import library_versions
 from moescope.probes.claim import claimed
+from moescope.probes.edits.session import interventions_in_force
 from moescope.probes.failures import explained, reason_of
 from moescope.probes.live_model import LiveModel
 from moescope.probes.phenomena.head_scores import HeadScores
@@ -141,16 +142,13 @@ def _in_force(model: LiveModel, store: Store | None) -> Intervention | None:
     Raises:
         InputError: several side by side, and a store: a run is under one.
     """
-    session: Any = vars(model.module).get("_moescope_edits")  # set by `moescope.probes.edits.session` while one lasts
-    if session is None:
-        return None
-    if len(session.interventions) == 1:
-        one: Intervention = session.interventions[0]
-        return one if one.edits else None
+    here = interventions_in_force(model)
+    if len(here) < 2:
+        return here[0] if here and here[0].edits else None
     if store is not None:
         raise InputError(
             "a run is under one intervention",
-            found=f"a session of {len(session.interventions)}",
+            found=f"a session of {len(here)}",
             fix="enter model.edited(…) with one of them, or keep nothing (store=None)",
         )
     return Intervention(name="edited")

@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 
-from moescope.core.figures import CHANCE, SERIES, plain
+from moescope.core.figures import CHANCE, SERIES, plain, wrapped
 from moescope.core.result import Result
 
 _NODES = ("writer", "massive activation", "sink", "heads")
@@ -54,7 +54,7 @@ def _node(figure: go.Figure, number: int, row: pd.Series) -> None:
         line={"color": colour, "width": 2, "dash": "dot" if missing else "solid"},
         fillcolor="rgba(0,0,0,0.02)",
     )  # fmt: skip
-    lines = [f"<b>{_TITLES[number]}</b>", *(_broken(plain(line)) for line in _lines(number, row))]
+    lines = [f"<b>{_TITLES[number]}</b>", *(wrapped(plain(line), 30) for line in _lines(number, row))]
     figure.add_annotation(x=x, y=(_TOP + _BOTTOM) / 2, text="<br>".join(lines), showarrow=False, font={"size": 12})
 
 
@@ -142,15 +142,3 @@ def _first(frame: pd.DataFrame, link: str, metric: str) -> pd.Series | None:
 
 def _distance(high: float, low: float) -> float:
     return float(high - low) if np.isfinite(high) and np.isfinite(low) else 0.0
-
-
-def _broken(text: str, width: int = 30) -> str:
-    """Text in lines of about `width` characters."""
-    lines, line = [], ""
-    for word in text.split():
-        if line and len(line) + len(word) >= width:
-            lines.append(line)
-            line = word
-        else:
-            line = f"{line} {word}".strip()
-    return "<br>".join([*lines, line])

@@ -264,7 +264,7 @@ def test_without_massive_activations_the_papers_rule_names_none(plant: Plant, pl
 
 def test_shared_experts_count_null_and_unseen_ones_do_not(plant: Plant, planted: ModuleType) -> None:
     values = filled({}, range(16), 64, [])
-    extra = [*rows({(1, -1): 700.0}), *rows({(1, 64): 9e9}), *rows({(1, 65): None})]  # type: ignore[dict-item]
+    extra = [*rows({(1, -1): 700.0}), *rows({(1, 64): 9e9}), *rows({(1, 65): None})]  # type: ignore[dict-item]  # null is what is tried
     run = run_of(plant, planted, values, extra=extra, n_null=2)
     result = analyze(run, "super_experts")
     assert result.title.startswith("1 super expert by released and REAP: L1·shared 1")
