@@ -19,8 +19,8 @@ from moescope.store.vector_shards import vectors_folder
 if TYPE_CHECKING:
     from moescope.store.store import Store
 
-# Facts about the file, which belong to no run.
-_OF_THE_FILE = ("store_info",)
+# What belongs to the file and to no run: an autoencoder outlives the vectors that it was trained on.
+_OF_THE_FILE = ("store_info", "saes")
 
 
 @dataclass(frozen=True)

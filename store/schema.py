@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from moescope.store.sql_text import literal
 
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 
 
 @dataclass(frozen=True)
@@ -50,6 +50,14 @@ _HEAD = Column("head", "INTEGER", "query head")
 _CONDITION = Column("condition", "VARCHAR", "under which it was measured; base for the run as it was recorded")
 _ATTENTION = Column("block", "VARCHAR", "the attention it is a head of: attn, attn.1, …")
 _KIND = Column("kind", "VARCHAR", "target or control")
+_SAE = Column("sae_id", "UUID", "the sparse autoencoder")
+_SEEN = Column("run_id", "UUID", "the run whose tokens it was measured on")
+_LATENT = Column("feature", "INTEGER", "0-based number of the latent")
+_LOW = Column("ci_low", "DOUBLE", "lower bound, null where documents are too few for one")
+_HIGH = Column("ci_high", "DOUBLE", "upper bound")
+_UNIT = Column("unit", "VARCHAR", "unit of the value")
+_NULL = Column("null_value", "DOUBLE", "the same under the null or control that `null_kind` names")
+_NULL_KIND = Column("null_kind", "VARCHAR", "what that null or control is")
 _LOAD = (
     Column("label", "VARCHAR", "label of the document, null where it has none"),
     Column("phase", "VARCHAR", "prefill or decode"),
@@ -359,6 +367,230 @@ TABLES: tuple[Table, ...] = (
             _METRIC,
             Column("sum", "DOUBLE", "sum over its tokens"),
             Column("n", "BIGINT", "tokens"),
+        ),
+    ),
+    Table(
+        "saes",
+        "one row a sparse autoencoder; its weights lie beside the file in the format of SAELens",
+        (
+            Column("sae_id", "UUID", "identity of the autoencoder"),
+            Column("name", "VARCHAR", "the user's name for it"),
+            Column("site", "VARCHAR", "where the vectors it encodes are read"),
+            Column("target_site", "VARCHAR", "what it predicts, null where that is its input: transcoders differ"),
+            Column("expert", "INTEGER", "the one expert whose vectors it was trained on; null for all"),
+            Column("architecture", "VARCHAR", "name of the saved form: topk, jumprelu, standard, gated, transcoder, …"),
+            Column("trained_as", "VARCHAR", "name of the form it was trained in: batchtopk is saved as jumprelu, …"),
+            Column("d_in", "INTEGER", "components of a vector"),
+            Column("d_sae", "INTEGER", "latents"),
+            Column("path", "VARCHAR", "folder of its weights, relative to the store's folder"),
+            Column("checksum", "VARCHAR", "SHA-256 of the file of weights"),
+            Column("model", "VARCHAR", "the model it belongs to"),
+            Column("anatomy_digest", "VARCHAR", "digest of that model's anatomy; null where it is not known"),
+            Column("trained_on", "UUID", "the run whose vectors it was trained on; null for a published one"),
+            Column("corpus_fingerprint", "VARCHAR", "of that run's corpus"),
+            Column("vectors", "BIGINT", "vectors that training took, repeats included"),
+            Column("settings", "JSON", "of training: sparsity, rate, batch, seed, share held out, …"),
+            Column(
+                "summary", "JSON", "how training ended: losses, L0, dead latents, explained variance, seconds, status"
+            ),
+            Column("source", "JSON", "release and id of a published one, or the folder it was read from"),
+            Column("versions", "JSON", "of the libraries"),
+            Column("created_at", "TIMESTAMP", "UTC"),
+        ),
+    ),
+    Table(
+        "sae_measures",
+        "one row a measure of an autoencoder, or of a control beside it",
+        (
+            _SAE,
+            _SEEN,
+            _METRIC,
+            Column("condition", "VARCHAR", "sae, or the control: pca, random_decoder, shuffled, zero, mean, base, …"),
+            Column("group_kind", "VARCHAR", "what the tokens or latents are grouped by; all for none"),
+            Column("group_value", "VARCHAR", "the group"),
+            _VALUE,
+            _LOW,
+            _HIGH,
+            Column("n", "BIGINT", "tokens (or latents) behind it"),
+            _UNIT,
+        ),
+    ),
+    Table(
+        "features",
+        "one row a latent: where it fires and what it writes to the logits",
+        (
+            _SAE,
+            _SEEN,
+            _LATENT,
+            Column("active", "BIGINT", "tokens on which it is over 0"),
+            Column("tokens", "BIGINT", "tokens that were encoded"),
+            Column("documents", "BIGINT", "documents in which it is active"),
+            Column("mean", "DOUBLE", "mean activation where it is active"),
+            Column("maximum", "DOUBLE", "largest activation"),
+            Column("edges", "FLOAT[]", "edges of the histogram of activations over 0"),
+            Column("counts", "UBIGINT[]", "tokens in each of its bins"),
+            Column("decoder_norm", "DOUBLE", "L2 norm of its decoder row"),
+            Column(
+                "raised_ids",
+                "INTEGER[]",
+                "token ids whose logits its decoder row raises most; null away from the stream",
+            ),
+            Column("raised", "FLOAT[]", "by how much for each unit of activation, in logits"),
+            Column("lowered_ids", "INTEGER[]", "token ids whose logits it lowers most"),
+            Column("lowered", "FLOAT[]", "by how much, in logits"),
+        ),
+    ),
+    Table(
+        "feature_contexts",
+        "one row an example of a latent: a window of text with its activation on every token",
+        (
+            _SAE,
+            _SEEN,
+            _LATENT,
+            Column(
+                "stratum",
+                "INTEGER",
+                "0 for the largest activations; 1, 2, … for quantiles of activation from the top down",
+            ),
+            Column("rank", "INTEGER", "0-based place in the stratum, one a document"),
+            _SEQUENCE,
+            Column("position", "INTEGER", "of the token of largest activation, in the sequence"),
+            _VALUE,
+            Column("first_position", "INTEGER", "position of the window's first token"),
+            Column("activations", "FLOAT[]", "on every token of the window"),
+        ),
+    ),
+    Table(
+        "feature_labels",
+        "one row a latent and label of documents",
+        (
+            _SAE,
+            _SEEN,
+            _LATENT,
+            Column("label", "VARCHAR", "label of the documents"),
+            Column("active", "BIGINT", "tokens of that label on which it is active"),
+            Column("tokens", "BIGINT", "tokens of that label"),
+            Column("lift", "DOUBLE", "P(active | label) ÷ P(active)"),
+            _LOW,
+            _HIGH,
+            Column("p", "DOUBLE", "of the null that documents carry their labels at random"),
+            Column("q", "DOUBLE", "false-discovery rate at which it would be called (Benjamini and Hochberg)"),
+        ),
+    ),
+    Table(
+        "feature_links",
+        "one row a pair of latents, of one autoencoder or two",
+        (
+            _SAE,
+            _SEEN,
+            Column("kind", "VARCHAR", "cosine, coactivation, family, association, absorption, split, …"),
+            _LATENT,
+            Column("other_sae_id", "UUID", "autoencoder of the other one"),
+            Column("other_feature", "INTEGER", "the other one"),
+            _VALUE,
+            _LOW,
+            _HIGH,
+            _NULL,
+            _NULL_KIND,
+            Column("n", "BIGINT", "tokens behind it"),
+        ),
+    ),
+    Table(
+        "feature_experts",
+        "one row a latent and expert: how much the expert writes it, or it gates the expert",
+        (
+            _SAE,
+            _SEEN,
+            _LATENT,
+            _LAYER,
+            _BLOCK,
+            _EXPERT,
+            _METRIC,
+            _VALUE,
+            _LOW,
+            _HIGH,
+            _NULL,
+            _NULL_KIND,
+            Column("n", "BIGINT", "tokens behind it"),
+            _UNIT,
+        ),
+    ),
+    Table(
+        "sparse_probes",
+        "one row a number of a sparse probe: a classifier of a concept from a few units",
+        (
+            Column("probe_id", "UUID", "identity of the probe"),
+            _SEEN,
+            Column("sae_id", "UUID", "autoencoder whose latents it reads; null for other units"),
+            Column("unit_kind", "VARCHAR", "neuron, latent, expert or router_logit"),
+            Column("site", "VARCHAR", "where the units are read"),
+            Column(
+                "concept", "VARCHAR", "what it tells apart from the rest, a label of the corpus or a class of token"
+            ),
+            Column("ranking", "VARCHAR", "how units were ranked"),
+            Column("k", "INTEGER", "units it may use; 0 for all of them"),
+            Column("units", "INTEGER[]", "which"),
+            Column("coefficients", "FLOAT[]", "weight of each, for standardised units"),
+            _METRIC,
+            _VALUE,
+            _LOW,
+            _HIGH,
+            _NULL,
+            _NULL_KIND,
+            Column("n", "BIGINT", "tokens (or documents) of the test part"),
+        ),
+    ),
+    Table(
+        "descriptions",
+        "one row a description in words of a latent, expert, neuron or head",
+        (
+            Column("description_id", "UUID", "identity of the description"),
+            _SEEN,
+            Column("sae_id", "UUID", "autoencoder of the latent; null for other units"),
+            Column("unit_kind", "VARCHAR", "latent, expert, neuron or head"),
+            Column("layer", "USMALLINT", "of the unit"),
+            Column("block", "VARCHAR", "sublayer of the unit"),
+            Column("unit", "INTEGER", "number of the latent, expert, neuron or head"),
+            Column("text", "VARCHAR", "the description"),
+            Column("describer", "VARCHAR", "who or what wrote it"),
+            Column("prompt", "VARCHAR", "what it was given"),
+            Column("created_at", "TIMESTAMP", "UTC"),
+        ),
+    ),
+    Table(
+        "description_scores",
+        "one row a score of a description",
+        (
+            Column("description_id", "UUID", "the description"),
+            _METRIC,
+            _VALUE,
+            _LOW,
+            _HIGH,
+            _NULL,
+            _NULL_KIND,
+            Column("n", "BIGINT", "examples behind it"),
+            Column("scorer", "VARCHAR", "who or what judged"),
+        ),
+    ),
+    Table(
+        "mlp_students",
+        "one row a student that imitates an MLP",
+        (
+            _RUN,
+            _LAYER,
+            _BLOCK,
+            Column("student", "VARCHAR", "moe, dense, sae, linear or mean"),
+            Column("inputs", "VARCHAR", "real, or gaussian: of the same mean and covariance"),
+            Column("experts", "INTEGER", "single-neuron experts it chooses from; null where it has none"),
+            Column("active", "INTEGER", "neurons active on a token"),
+            Column("share", "DOUBLE", "active parameters ÷ those of the MLP"),
+            Column("router_rank", "INTEGER", "rank of its router, null for full"),
+            _METRIC,
+            _VALUE,
+            _LOW,
+            _HIGH,
+            Column("n", "BIGINT", "vectors of the test part"),
+            Column("settings", "JSON", "of its training"),
         ),
     ),
     Table(

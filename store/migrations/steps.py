@@ -7,11 +7,11 @@ from collections.abc import Mapping, Sequence
 import duckdb
 
 from moescope.store.making import make_views
-from moescope.store.migrations import from_1, from_2
+from moescope.store.migrations import from_1, from_2, from_3
 from moescope.store.schema import TABLES
 
 # Version → the statements that lead to the next one. A step that has landed is never changed: files have gone through it.
-STEPS: Mapping[int, Sequence[str]] = {1: from_1.STATEMENTS, 2: from_2.STATEMENTS}
+STEPS: Mapping[int, Sequence[str]] = {1: from_1.STATEMENTS, 2: from_2.STATEMENTS, 3: from_3.STATEMENTS}
 
 
 def oldest() -> int:

@@ -1,0 +1,1 @@
+"""`moescope sae`: sparse autoencoders over recorded vectors."""

@@ -1,0 +1,1 @@
+"""Analyses of sparse autoencoders, their features, sparse probes and students of MLPs."""

@@ -1,0 +1,1 @@
+"""Circuits of attention heads from discrete codes."""

@@ -1,0 +1,1 @@
+"""Concepts: sparse probes, and descriptions in words."""

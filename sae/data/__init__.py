@@ -1,0 +1,1 @@
+"""Recorded vectors as what a trainer reads."""

@@ -1,0 +1,1 @@
+"""What the latents of an autoencoder fire on and write."""

@@ -1,0 +1,1 @@
+"""Directions, latents and sets of them as edits, and what they do."""

@@ -1,0 +1,1 @@
+"""A dense MLP seen as a sparse mixture of experts."""

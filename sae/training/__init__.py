@@ -1,0 +1,1 @@
+"""Training sparse autoencoders from recorded vectors."""
