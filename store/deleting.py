@@ -50,7 +50,7 @@ def rows_of_run() -> dict[str, str]:
         'run_id = $run'
     """
     owned = {table.name: f"{column} = $run" for table in TABLES if (column := _run_column(table))}
-    identified = {table.columns[0].name: table.name for table in TABLES if _run_column(table) not in (None, "run_id")}
+    identified = {t.columns[0].name: t.name for t in TABLES if _run_column(t) not in (None, t.columns[0].name)}
     through = {}
     for table in TABLES:
         if table.name in owned or table.name in _OF_THE_FILE:
