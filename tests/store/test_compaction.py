@@ -27,7 +27,7 @@ _SPEC.loader.exec_module(every_table)
 def full(path: Path) -> Path:
     """A store of two small runs, something of the user's own, and the room of a large run that was deleted."""
     with Store(path) as store:
-        store.connection.execute("CREATE TABLE dropped AS SELECT random() AS x FROM range(400000)")
+        store.connection.execute("CREATE TABLE dropped AS SELECT random() AS x FROM range(1200000)")
         store.connection.execute("CHECKPOINT")
         for number, name in ((1, "first"), (2, "sec'ond 🧪")):
             every_table.fill(store.connection, str(uuid.UUID(int=number)), name, rows=40)

@@ -26,6 +26,7 @@ assert _SPEC.loader is not None
 every_table: Any = importlib.util.module_from_spec(_SPEC)
 _SPEC.loader.exec_module(every_table)
 
+OF_THE_FILE = {"store_info", "saes"}
 FIRST, SECOND, THIRD = (str(uuid.UUID(int=n)) for n in (1, 2, 3))
 
 
@@ -48,21 +49,27 @@ def _contents(store: Store) -> dict[str, list[tuple[Any, ...]]]:
 
 def test_every_table_loses_the_rows_of_the_run_and_keeps_all_others(full: Store) -> None:
     before = _contents(full)
-    other = {str(value) for (value,) in full.fetch("SELECT effect_id FROM effects WHERE base_run_id <> ?", [FIRST])}
+    own_of = {
+        "effect_sequences": "SELECT effect_id FROM effects WHERE base_run_id = ?",
+        "description_scores": "SELECT description_id FROM descriptions WHERE run_id = ?",
+    }
+    named = {table: {str(value) for (value,) in full.fetch(query, [FIRST])} for table, query in own_of.items()}
     deleted = full.delete_run("first")
     after = _contents(full)
     assert set(before) == {table.name for table in TABLES}
     for table, rows in before.items():
         own = [row for row in rows if FIRST in map(str, row)]
-        if table == "effect_sequences":
-            own = [row for row in rows if str(row[0]) not in other]
-        assert own or table == "store_info", f"nothing was planted in {table}"
+        if table in named:
+            own = [row for row in rows if str(row[0]) in named[table]]
+        if table in OF_THE_FILE:
+            own = []
+        assert own or table in OF_THE_FILE, f"nothing was planted in {table}"
         assert after[table] == [row for row in rows if row not in own], table
         assert deleted.rows.get(table, 0) == len(own), table
 
 
 def test_every_table_of_the_schema_is_reached() -> None:
-    assert {*rows_of_run(), "store_info"} == {table.name for table in TABLES}
+    assert {*rows_of_run(), *OF_THE_FILE} == {table.name for table in TABLES}
     assert list(rows_of_run())[-1] == "runs"
 
 
