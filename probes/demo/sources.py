@@ -17,7 +17,7 @@ import logging
 import platform
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -101,11 +101,11 @@ def load_documents(path: Path) -> list[Document]:
         return [Document(**json.loads(line)) for line in file]
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     """Command line: collect, split and write."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--cache", type=Path, default=DEFAULT_CACHE, help="folder for packages and collected text")
-    cache: Path = parser.parse_args().cache
+    cache: Path = parser.parse_args(arguments).cache
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     packages = fetch_packages(cache)
     training, heldout = split_documents(read_documents(packages))
