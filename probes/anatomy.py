@@ -149,6 +149,7 @@ class Anatomy:
             "parameters": self.parameters,
             "context": self.context,
             "n_layers": self.n_layers,
+            "digest": self.digest,
         }
 
     def __str__(self) -> str:
