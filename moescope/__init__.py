@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from moescope.core.versions import VERSION
 
 if TYPE_CHECKING:
-    from moescope import edits
+    from moescope import edits, sae
     from moescope.analysis_api import analyses, analyze
     from moescope.contrast_api import contrast
     from moescope.core.errors import IncompleteError, InputError, MoescopeError, RunError, StoreError
@@ -82,14 +82,15 @@ __all__ = [
     "plan",
     "record",
     "register_moe",
+    "sae",
     "sweep",
     "write_report",
 ]
 
 
 def __getattr__(name: str) -> Any:
-    if name == "edits":
-        return importlib.import_module("moescope.edits")
+    if name in ("edits", "sae"):
+        return importlib.import_module(f"moescope.{name}")
     if name not in _HOME:
         raise AttributeError(f"module 'moescope' has no attribute {name!r}; it has {', '.join(__all__)}")
     value = getattr(importlib.import_module(_HOME[name]), name)

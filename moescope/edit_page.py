@@ -30,7 +30,7 @@ Every kind also has
 - `positions` = `all`: `all`, `prompt`, `generated`, a span such as `0:1` (the end excluded), or `token:13` (a token id)
 - `strength` = `1.0`: 0 changes nothing, not even rounding; 1 is the edit as it stands. Most edits of decisions (`force`, `keep`,
   `top_k`, `rank_routing`, `top_p`, `random_routing`, `swap_experts`, `set_routing`, `ablate how=route_around`) are done or not
-  done: 0 or 1. `clamp`, `fake_quant`, `mask_head`, `project_out`, `set_channel` and `skip` take 0 to 1, the others any number.
+  done: 0 or 1. `clamp`, `fake_quant`, `mask_head`, `project_out`, `set_channel`, `skip` and `splice` take 0 to 1, the others any number.
 
 `moescope intervene edits --format markdown` prints this page.
 """

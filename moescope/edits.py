@@ -27,6 +27,7 @@ from moescope.core.edit_kinds.experts import (
     TopK,
     TopP,
 )
+from moescope.core.edit_kinds.features import Descend, Latents, Splice
 from moescope.core.edit_kinds.stream import Add, Clamp, MaskHead, Patch, ProjectOut, SetChannel, Skip
 from moescope.core.intervention import Intervention
 
@@ -35,11 +36,13 @@ __all__ = [
     "Add",
     "Bias",
     "Clamp",
+    "Descend",
     "Edit",
     "FakeQuant",
     "Force",
     "Intervention",
     "Keep",
+    "Latents",
     "MaskHead",
     "MixRouting",
     "Patch",
@@ -50,6 +53,7 @@ __all__ = [
     "SetChannel",
     "SetRouting",
     "Skip",
+    "Splice",
     "SwapExperts",
     "TopK",
     "TopP",

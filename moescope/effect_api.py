@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -29,6 +29,7 @@ def effect(
     seed: int = 0,
     decompose: bool = False,
     keep_run: str | None = None,
+    sources: Mapping[str, Any] | None = None,
     progress: bool = True,
 ) -> Result:
     """Measure what an intervention does to a model's predictions, against the unedited model and matched random controls.
@@ -42,7 +43,8 @@ def effect(
         corpus: a `Corpus`, or anything `Corpus.load` takes.
         intervention: what to measure: `ms.Intervention([ms.edits.Ablate(layer=3, experts=5)])`.
         store: open for writing.
-        controls: matched random controls: the same edit of others of the same size, layers and, for experts, load.
+        controls: matched random controls: the same edit of others of the same size, layers and, for experts, load; for latents
+            of an autoencoder, of others that are active about as often and write as long a vector.
         base: the run of the unedited model, or its name; None to take one that fits, or to record one now.
         groups: what to group tokens by as well: `label`, `position`, `class`.
         generate: also continue texts greedily by up to so many tokens and measure repetition, length and distinct n-grams.
@@ -52,6 +54,7 @@ def effect(
         seed: of the controls and of the resampling.
         decompose: split the effect into content (every router replays its decisions of the base run) and re-routing.
         keep_run: also record a full run under the intervention, with this name.
+        sources: name → autoencoder, for edits that go through one; those left out are loaded from the store.
         progress: show how far it is, on stderr.
 
     Returns:
@@ -89,9 +92,41 @@ def effect(
         seed=seed,
         decompose=decompose,
         keep_run=keep_run,
+        sources=with_autoencoders(model, store, [intervention], sources),
         progress=progress,
     )
     return with_notes(analyze(measured.base, "effect", effect=measured.effect_id), measured.notes)
+
+
+def with_autoencoders(
+    model: LiveModel, store: Store, interventions: Iterable[Intervention], given: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """Name → autoencoder, for every edit that goes through one: as given, else loaded from the store.
+
+    Args:
+        model: where they will be used; they come to its device.
+        store: where they are looked for.
+        interventions: whose edits name them.
+        given: those that are there already.
+
+    Raises:
+        InputError: the store has no autoencoder of such a name, or it is one of another model (an edit with `forced=True`
+            takes it all the same).
+    """
+    from moescope.probes.effects.sources import autoencoder_names
+
+    several = list(interventions)
+    found = dict(given or {})
+    missing = [name for name in autoencoder_names(several) if name not in found]
+    if not missing:
+        return found
+    from moescope.sae.loading import load_autoencoder
+
+    edits: list[Any] = [edit for intervention in several for edit in intervention.edits]
+    for name in missing:
+        forced = all(edit.forced for edit in edits if getattr(edit, "sae", None) == name)
+        found[name] = load_autoencoder(store, name, device=model.device, model=model, force=forced)
+    return found
 
 
 def with_notes(result: Result, notes: Sequence[str]) -> Result:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from moescope.analysis_api import analyze
 from moescope.core.errors import InputError
 from moescope.core.result import Result
+from moescope.effect_api import with_autoencoders
 
 if TYPE_CHECKING:
     from moescope.core.intervention import Intervention
@@ -52,6 +53,7 @@ def sweep(
     screen: int | None = None,
     sample: int = 16,
     base: Run | str | None = None,
+    sources: Mapping[str, Any] | None = None,
     batch_size: int | None = None,
     max_length: int | None = None,
     rows: int | None = None,
@@ -88,6 +90,7 @@ def sweep(
             exactly; None to run all.
         sample: with `screen`, so many of the others, at random, are run exactly too.
         base: the run of the unedited model, or its name; None to take one that fits, or to record one now.
+        sources: name → autoencoder, for a `dose` of edits that go through one; those left out are loaded from the store.
         batch_size, max_length: of the plan; those of the base run by default.
         rows: sequences a pass; as many as a batch has by default.
         seed: of random sets, samples and intervals.
@@ -115,6 +118,7 @@ def sweep(
         "how": how, "layers": layers, "shares": shares, "numbers": numbers, "across": across, "highest": highest,
         "draws": draws, "intervention": intervention, "strengths": strengths, "generate": generate, "prompts": prompts,
         "screen": screen, "sample": sample, "seed": seed,
+        "sources": with_autoencoders(model, store, [] if intervention is None else [intervention], sources),
     }  # fmt: skip
     request = _request(model, loaded, kind, scores, options)
     _ = request.variants  # what cannot be run is refused before a base run is recorded

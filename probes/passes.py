@@ -28,6 +28,7 @@ from moescope.probes.generation import continue_greedily, end_ids, ends_sequence
 from moescope.probes.likelihood import most_likely, token_nll
 from moescope.probes.live_model import LiveModel
 from moescope.probes.probe import HostBatch, Probe, ProbeContext
+from moescope.probes.stopping import run_until
 from moescope.probes.taps import tapped
 from moescope.store.writer import BatchRecords
 
@@ -98,13 +99,22 @@ class Passes:
         context: takes the problems that are seen on the way.
         generate: tokens to continue each sequence by.
         side: where batches are padded.
+        stop_after: the last block that each pass runs; None for whole passes. Without logits there is neither NLL nor
+            prediction.
     """
 
     def __init__(
-        self, model: LiveModel, probes: Sequence[Probe], context: ProbeContext, *, generate: int, side: Side
+        self,
+        model: LiveModel,
+        probes: Sequence[Probe],
+        context: ProbeContext,
+        *,
+        generate: int,
+        side: Side,
+        stop_after: int | None = None,
     ) -> None:
         self.model, self.probes, self.context = model, probes, context
-        self.generate, self.side = generate, side
+        self.generate, self.side, self.stop_after = generate, side, stop_after
         self.sites: dict[Site, list[Probe]] = {}
         for probe in probes:
             for site in probe.sites(model.anatomy):
@@ -143,7 +153,11 @@ class Passes:
             else:
                 promised = torch.zeros(len(on_device.ids), dtype=torch.int64)
                 self._enter(batch, on_device.ids, on_device.mask)
-                self._leave(logits_of(self.model, on_device))
+                if self.stop_after is None:
+                    self._leave(logits_of(self.model, on_device))
+                else:
+                    run_until(self.model, on_device, self.stop_after)
+                    self._leave(None)
         finally:
             self._step = self._alive = self._last = None
         counted = self._copies.begin({"promised": {"tokens": promised}})
@@ -193,26 +207,29 @@ class Passes:
         alive = self._alive if len(self._done) <= self.generate else torch.zeros_like(self._alive)
         return _Step("decode", ids, alive.unsqueeze(1), nll.unsqueeze(1))
 
-    def _leave(self, logits: torch.Tensor) -> None:
-        """A forward pass is over."""
+    def _leave(self, logits: torch.Tensor | None) -> None:
+        """A forward pass is over; without logits where it was stopped on the way."""
         step = self._step
         assert step is not None
         self._step = None
-        if step.nll is None:
-            nll, predicted = token_nll(logits, step.ids.to(logits.device), spans=step.spans)
-        else:
-            nll, predicted = step.nll, most_likely(logits[:, -1].float()).unsqueeze(1)
-        if self.generate:
+        step.kept[_OUTPUTS] = {} if logits is None else self._predictions(step, logits)
+        if logits is not None and self.generate:
             self._last = logits[:, -1].to(torch.float32, copy=True)  # a view would keep every position alive
         if step.phase == "decode" and self._alive is not None:
             self._alive = self._alive & ~ends_sequence(step.ids[:, 0], self._ends.to(step.ids.device))
-        step.kept[_OUTPUTS] = {"nll": nll.flatten(), "predicted_id": predicted.flatten()}
         step.kept[_FED] = {"mask": step.mask, "ids": step.ids}
         self._done.append((step.phase, self._copies.begin(step.kept)))
         self._passes[step.phase] += 1
         for site in self.sites:
             if site not in step.fired:
                 self._silent.setdefault(site, Counter())[step.phase] += 1
+
+    def _predictions(self, step: _Step, logits: torch.Tensor) -> dict[str, torch.Tensor]:
+        if step.nll is None:
+            nll, predicted = token_nll(logits, step.ids.to(logits.device), spans=step.spans)
+        else:
+            nll, predicted = step.nll, most_likely(logits[:, -1].float()).unsqueeze(1)
+        return {"nll": nll.flatten(), "predicted_id": predicted.flatten()}
 
     def _receive(self, site: Site, tensors: dict[str, torch.Tensor]) -> None:
         step = self._step

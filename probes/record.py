@@ -20,11 +20,14 @@ from moescope.probes.claim import claimed
 from moescope.probes.corpus import Corpus, CorpusFacts
 from moescope.probes.effects.edited_recording import EditedRecording, in_force
 from moescope.probes.failures import explained, reason_of
+from moescope.probes.forward import to_device
 from moescope.probes.live_model import LiveModel
 from moescope.probes.passes import BatchSteps, Passes, joined
 from moescope.probes.plan_walk import PlanWalk
 from moescope.probes.probe import Probe, ProbeContext
 from moescope.probes.progress import RunProgress
+from moescope.probes.selfcheck import first_look
+from moescope.probes.stopping import check_reached, check_same, check_stop
 from moescope.probes.trial import look_first
 from moescope.store.coverage import Expectation
 from moescope.store.ending import end_run
@@ -47,6 +50,7 @@ def record(
     sites: Sequence[str | Site] = (),
     sample: float = 1.0,
     intervention: Intervention | None = None,
+    sources: Mapping[str, Any] | None = None,
     generate: int = 0,
     batch_size: int = 8,
     max_length: int = 512,
@@ -55,6 +59,7 @@ def record(
     budget: str | int | None = None,
     resume: bool = False,
     batches: range | None = None,
+    stop_after: int | None = None,
     progress: bool = True,
 ) -> Run:
     """Run a corpus through a model and keep what the probes see.
@@ -70,6 +75,7 @@ def record(
         sample: share of the tokens whose vectors are kept there, chosen by hash(seed, sequence, position); 0 < sample ≤ 1.
         intervention: record the model as these edits change it; None for the model as it is. The run says so wherever it is
             shown. Routers whose decisions are edited have no margin (their rule does not give what the experts were given).
+        sources: name → autoencoder, for edits that go through one.
         generate: continue every sequence greedily by up to so many tokens, with the model's cache, and record those
             too (phase `decode`). A sequence ends early after its end-of-sequence token.
         batch_size: sequences a forward pass.
@@ -85,6 +91,8 @@ def record(
             complete is given back as it is; one that does not exist is begun.
         batches: record only these batches of the plan, as a shard for `moescope merge`: batches and sequences keep their
             numbers of the plan, tokens are numbered from 0. The run is `incomplete`, since most of the corpus is elsewhere.
+        stop_after: the last block that each forward pass runs; None for whole passes. Nothing behind it is computed, so the
+            run has neither NLL nor predictions (null, not 0): for vectors of the blocks before, at a part of the cost.
         progress: draw a progress bar on stderr.
 
     Returns:
@@ -94,7 +102,8 @@ def record(
     Raises:
         InputError: a name that is taken, a corpus that cannot be read, a probe that this model has no use for, a site that
             it does not have, a model that cannot generate or is being recorded already, a budget that nothing fits, edits
-            that the model cannot take, or edits of a run that generates or has a budget.
+            that the model cannot take, or edits of a run that generates or has a budget; passes that stop before a probe's
+            site, or in a run that generates, is edited or has a budget, or of an encoder-decoder model.
         RunError: taps change the model's logits; or the disk, the model or the device failed on the way, or logits are NaN
             after an edit: whole chunks written before stay, status `failed`.
         KeyboardInterrupt: after Ctrl-C, once what was recorded is safe; status `incomplete`.
@@ -121,6 +130,10 @@ def record(
     planned = None
     if budget is not None and intervention is not None:
         raise InputError("a budget is for runs without edits", fix="leave out the budget, or the intervention")
+    if budget is not None and stop_after is not None:
+        raise InputError(
+            "a budget is planned for whole passes", fix="leave out the budget, or stop_after; or keep a smaller sample"
+        )
     if budget is not None:
         from moescope.probes.budgeted import budgeted  # which itself records a few batches
 
@@ -134,9 +147,11 @@ def record(
         store,
         name=name,
         intervention=intervention,
+        sources=sources,
         resume=resume,
         batches=batches,
         planned=planned,
+        stop_after=stop_after,
         **asked,
     )
     return recording.run(progress=progress)
@@ -156,6 +171,7 @@ class Recording:
         sites: Sequence[str | Site] = (),
         sample: float = 1.0,
         intervention: Intervention | None = None,
+        sources: Mapping[str, Any] | None = None,
         generate: int = 0,
         batch_size: int = 8,
         max_length: int = 512,
@@ -164,6 +180,7 @@ class Recording:
         resume: bool = False,
         batches: range | None = None,
         planned: Mapping[str, float] | None = None,
+        stop_after: int | None = None,
     ) -> None:
         check_part(batches, resume=resume)
         check_sizes(batch_size, max_length, generate, sample, padding)
@@ -171,9 +188,16 @@ class Recording:
             raise InputError(f"{store.path} is open for reading only", fix="open it with Store(path)")
         check_room(store)
         self.model, self.corpus, self.store, self.name, self.seed = model, corpus, store, name, seed
-        self.edits = None if intervention is None else EditedRecording(model, intervention, store, generate=generate)
+        self.edits = (
+            None
+            if intervention is None
+            else EditedRecording(model, intervention, store, generate=generate, sources=sources)
+        )
         self._intervention = in_force(model) if self.edits is None else self.edits.as_json()
         self.generate, self.planned, self._bytes_before = generate, planned, 0
+        self.stop_after = stop_after
+        if stop_after is not None:
+            self._check_stop(stop_after)
         self.side: Side = "left" if padding == "left" or (generate and padding is None) else "right"
         read = tuple(dict.fromkeys(read_site(site, model.anatomy) for site in sites))
         self.entries, self.left_out = chosen_probes(model, probes, read)
@@ -198,7 +222,7 @@ class Recording:
 
     def _looked_first(self) -> list[Probe]:
         """The probes, once what the run will do was tried."""
-        return look_first(
+        probes = look_first(
             self.model,
             self.plan,
             self.entries,
@@ -207,6 +231,30 @@ class Recording:
             generate=self.generate,
             edits=self.edits,
         )
+        if self.stop_after is not None:
+            anatomy = self.model.anatomy
+            named = zip((entry.name for entry in self.entries), probes, strict=True)
+            sites = [(name, site) for name, probe in named for site in probe.sites(anatomy)]
+            check_reached(sites, self.stop_after)
+            look = to_device(first_look(next(iter(self.plan))), self.model, side=self.side)
+            check_same(self.model, look, [site for _, site in sites], self.stop_after)
+        return probes
+
+    def _check_stop(self, layer: int) -> None:
+        """Raise `InputError` where a run cannot do without what follows a block."""
+        check_stop(self.model, layer)
+        if self.generate:
+            raise InputError(
+                "passes that stop on the way cannot continue a text",
+                found=f"stop_after={layer} and generate={self.generate}",
+                fix="leave out stop_after, or generate",
+            )
+        if self._intervention is not None:
+            raise InputError(
+                "passes under an intervention run to their end: only logits tell whether it spoilt them",
+                found=f"stop_after={layer} and an intervention",
+                fix="leave out stop_after, or the intervention",
+            )
 
     def _stopped(self) -> Stopped | None:
         """The run of this name as it was left, if there is one."""
@@ -243,7 +291,14 @@ class Recording:
                 progress=lambda: self._progress(time.perf_counter() - started),
                 after=self.before,
             )
-            passes = Passes(self.model, self.probes, self.context, generate=self.generate, side=self.side)
+            passes = Passes(
+                self.model,
+                self.probes,
+                self.context,
+                generate=self.generate,
+                side=self.side,
+                stop_after=self.stop_after,
+            )
             failure: BaseException | None = None
             try:
                 self._forward_passes(passes, writer, started, progress=progress)
@@ -332,6 +387,7 @@ class Recording:
             "corpus": self.corpus.name,
             **self.model.settings(),
             **({"batches": [self.batches.start, self.batches.stop]} if self.batches is not None else {}),
+            **({} if self.stop_after is None else {"stop_after": self.stop_after}),
             **({} if self._intervention is None else {"intervention": self._intervention}),
         }
 

@@ -1,4 +1,4 @@
-"""Taps on the residual stream, on what sublayers add to it, on neurons of dense MLPs and on shared experts."""
+"""Taps on the residual stream, on what sublayers add to it, on what MLPs are given, on dense neurons and shared experts."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from moescope.core.errors import RunError
-from moescope.core.sites import ATTN_OUT, DENSE_POST, MLP_OUT, RESID_POST, RESID_PRE, SHARED_OUT, Site
+from moescope.core.sites import ATTN_OUT, DENSE_POST, MLP_IN, MLP_OUT, RESID_POST, RESID_PRE, SHARED_OUT, Site
 from moescope.probes.anatomy import Anatomy
 from moescope.probes.block_outputs import Contribution, changes_in_place, contributions, runs_again, why_no_stream
+from moescope.probes.mlp_inputs import input_refusals, mlp_inputs
 from moescope.probes.projections import down_projection
 from moescope.probes.shared_expert_taps import shared_experts, tap_shared_experts
 
@@ -24,7 +25,7 @@ _STREAM = (RESID_PRE, RESID_POST)
 
 
 def stream_sites(model: nn.Module, anatomy: Anatomy) -> dict[Site, nn.Module]:
-    """Every site of the stream, of sublayers' outputs, of dense neurons and of shared experts that a model has.
+    """Every site of the stream, of sublayers' outputs, of MLPs' inputs, of dense neurons and of shared experts of a model.
 
     Returns:
         Site → the module at which it is read (of several that are summed, the first).
@@ -34,6 +35,8 @@ def stream_sites(model: nn.Module, anatomy: Anatomy) -> dict[Site, nn.Module]:
         >>> model = ms.load("demo")
         >>> [str(site) for site in stream_sites(model.module, model.anatomy) if site.layer == 0 and not site.block]
         ['blocks.0.hook_resid_pre', 'blocks.0.hook_resid_post', 'blocks.0.hook_attn_out', 'blocks.0.hook_mlp_out']
+        >>> [str(site) for site in stream_sites(model.module, model.anatomy) if site.layer == 0 and site.block]
+        ['blocks.0.mlp.hook_in']
     """
     found: dict[Site, nn.Module] = {}
     for layer, path in enumerate(anatomy.block_paths):
@@ -41,14 +44,15 @@ def stream_sites(model: nn.Module, anatomy: Anatomy) -> dict[Site, nn.Module]:
         if why_no_stream(block) is None:
             found |= dict.fromkeys((Site(layer, "", name) for name in _STREAM), block)
             found |= {site: c.modules[0] for site, c in contributions(model, anatomy, layer).items()}
+    found |= mlp_inputs(model, anatomy)
     found |= _down_projections(model, anatomy)
     found |= {site: shared.module for site, shared in shared_experts(model, anatomy).items()}
     return found
 
 
 def stream_refusals(model: nn.Module, anatomy: Anatomy) -> dict[Site, str]:
-    """Sites of the stream and of what is added to it that this model's family does not offer, with the reason."""
-    found: dict[Site, str] = {}
+    """Sites of the stream, of what is added to it and of MLPs' inputs that this model's family does not offer, and why."""
+    found = input_refusals(model, anatomy)
     for layer, path in enumerate(anatomy.block_paths):
         reason = why_no_stream(model.get_submodule(path))
         if reason is not None:
@@ -65,6 +69,8 @@ def tap_stream(model: nn.Module, anatomy: Anatomy, sites: Collection[Site], rece
         `hook_attn_out`, `hook_mlp_out`: out [row, position, d_model], what the sublayer adds to the stream, after a norm
             that follows it and a factor on it (`moescope.probes.block_outputs`); it comes when its block has run.
             `resid_pre + Σ out = resid_post` wherever the block does nothing else with the stream.
+        `mlp.hook_in`: given [row, position, d_model], what the MLP or MoE block is given, after the norm that stands before it
+            (`moescope.probes.mlp_inputs`).
         `mlp.hook_post`: post [row, position, d_mlp], what the MLP's last projection is given.
         `mlp.shared_expert.hook_out`: out [row · position, d_model] or [row, position, d_model], what the shared experts
             add to the routed ones (`moescope.probes.shared_expert_taps`).
@@ -77,7 +83,9 @@ def tap_stream(model: nn.Module, anatomy: Anatomy, sites: Collection[Site], rece
     layers: defaultdict[int, list[Site]] = defaultdict(list)
     for site in sites:
         layers[site.layer].append(site)
-    downs = _down_projections(model, anatomy)
+    inner = {site: ("post", module) for site, module in _down_projections(model, anatomy).items()}
+    if any(site.tensor == MLP_IN for site in sites):
+        inner |= {site: ("given", module) for site, module in mlp_inputs(model, anatomy).items()}
     with ExitStack() as stack:
         for layer, asked in layers.items():
             block = model.get_submodule(anatomy.block_paths[layer])
@@ -85,7 +93,7 @@ def tap_stream(model: nn.Module, anatomy: Anatomy, sites: Collection[Site], rece
             wanted = {site: known[site] for site in asked if site in known}
             for handle in _BlockTap(block, anatomy.d_model, receive).hooks(
                 wanted,
-                {site: downs[site] for site in asked if site in downs},
+                {site: inner[site] for site in asked if site in inner},
                 [site for site in asked if site.tensor in _STREAM],
             ):
                 stack.callback(handle.remove)
@@ -106,7 +114,7 @@ class _BlockTap:
         self.kept: dict[tuple[Site, int], torch.Tensor] = {}
 
     def hooks(
-        self, wanted: dict[Site, Contribution], downs: dict[Site, nn.Module], stream: list[Site]
+        self, wanted: dict[Site, Contribution], inner: dict[Site, tuple[str, nn.Module]], stream: list[Site]
     ) -> Iterator[RemovableHandle]:
         yield self.block.register_forward_pre_hook(self._begin(stream), with_kwargs=True)
         parts = {(site, n): m for site, c in wanted.items() for n, m in enumerate(c.modules)}
@@ -115,8 +123,8 @@ class _BlockTap:
         if parts:
             for child in self._followers(list(parts.values())):
                 yield child.register_forward_hook(self._follow)
-        for site, module in downs.items():
-            yield module.register_forward_pre_hook(self._neurons(site), with_kwargs=True)
+        for site, (name, module) in inner.items():
+            yield module.register_forward_pre_hook(self._entering(site, name), with_kwargs=True)
         yield self.block.register_forward_hook(self._end(wanted, stream))
 
     def _followers(self, sublayers: list[nn.Module]) -> Iterator[nn.Module]:
@@ -155,9 +163,9 @@ class _BlockTap:
         self.given[part] = tensor
         self.kept[part] = tensor.clone() if self.copies else tensor
 
-    def _neurons(self, site: Site) -> Callable[[nn.Module, Any, dict[str, Any]], None]:
+    def _entering(self, site: Site, name: str) -> Callable[[nn.Module, Any, dict[str, Any]], None]:
         def hook(_module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
-            self.receive(site, {"post": self._by_row(inputs[0] if inputs else next(iter(named.values())))})
+            self.receive(site, {name: self._by_row(inputs[0] if inputs else next(iter(named.values())))})
 
         return hook
 

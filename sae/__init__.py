@@ -8,7 +8,47 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-_HOME: dict[str, str] = {}
+# Name → module, and the name it has there where that is another. Those that answer with a `Result` lie in the façade,
+# `moescope.sae_api`, which knows measures and analyses alike.
+_HOME: dict[str, str] = {
+    "Autoencoder": "moescope.sae.autoencoder",
+    "Concept": "moescope.sae.concepts.concept",
+    "LatentTarget": "moescope.sae.steering.targets",
+    "ProbeTarget": "moescope.sae.steering.targets",
+    "SaeSpec": "moescope.sae.training.specs",
+    "Steering": "moescope.sae.steering.steering",
+    "TokenTarget": "moescope.sae.steering.targets",
+    "ablate_writers": "moescope.sae_api",
+    "associate": "moescope.sae_api",
+    "best_layer": "moescope.sae.steering.contrast",
+    "contrastive_labels": "moescope.sae.steering.contrast",
+    "contrastive_mean": "moescope.sae.steering.contrast",
+    "delete": "moescope.sae.catalogue:delete_saes",
+    "descend_to": "moescope.sae.steering.descend",
+    "descend_to_label": "moescope.sae.steering.descend",
+    "describe": "moescope.sae_api",
+    "dose_response": "moescope.sae_api",
+    "expert_sparsity": "moescope.sae_api",
+    "export": "moescope.sae.catalogue:export_sae",
+    "feature_experts": "moescope.sae_api",
+    "feature_set": "moescope.sae.steering.latent_edit",
+    "from_disk": "moescope.sae.loading",
+    "head_circuit": "moescope.sae_api",
+    "judge": "moescope.sae_api",
+    "latent_edit": "moescope.sae.steering.latent_edit",
+    "load": "moescope.sae.loading:load_autoencoder",
+    "mlp_students": "moescope.sae_api",
+    "neurons_as_features": "moescope.sae.experts.neurons",
+    "probe_direction": "moescope.sae.steering.probe_direction",
+    "published": "moescope.sae.loading",
+    "read": "moescope.sae_api",
+    "record": "moescope.sae.recording:record_vectors",
+    "register_neurons": "moescope.sae.experts.neurons",
+    "rename": "moescope.sae.catalogue:rename_sae",
+    "sparse_probes": "moescope.sae_api",
+    "study": "moescope.sae_study",
+    "train": "moescope.sae.training.train",
+}
 
 __all__ = sorted(_HOME)  # noqa: PLE0605  it is a list of str
 
@@ -16,7 +56,8 @@ __all__ = sorted(_HOME)  # noqa: PLE0605  it is a list of str
 def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"module 'moescope.sae' has no attribute {name!r}; it has {', '.join(__all__)}")
-    return getattr(importlib.import_module(_HOME[name]), name)
+    module, _, other = _HOME[name].partition(":")
+    return getattr(importlib.import_module(module), other or name)
 
 
 def __dir__() -> list[str]:

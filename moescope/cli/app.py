@@ -19,6 +19,7 @@ from moescope.cli.phenomena import phenomena
 from moescope.cli.plan import plan
 from moescope.cli.profile import profile
 from moescope.cli.runs import group as runs
+from moescope.cli.sae import group as sae
 from moescope.core.errors import MoescopeError
 from moescope.core.versions import VERSION
 
@@ -39,6 +40,7 @@ app.command()(export)
 app.command()(merge)
 app.add_typer(runs, name="runs")
 app.add_typer(intervene, name="intervene")
+app.add_typer(sae, name="sae")
 app.command()(dashboard)
 app.command()(doctor)
 

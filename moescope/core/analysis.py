@@ -206,6 +206,8 @@ def _how_to_get(missing: Sequence[str]) -> str:
         return "measure an intervention against it: moescope intervene effect, or ms.effect"
     if set(missing) <= {"heads", "head_sequences"}:
         return "run the protocols (moescope phenomena MODEL), or record with the probe: attention"
+    if verbs := [verb for table, verb in _SAE_VERBS.items() if table in missing]:
+        return f"measure it: moescope sae {verbs[0]}"
     probes = sorted({PROBE_OF_TABLE.get(table, table) for table in missing})
     one = len(missing) == 1
     return (
@@ -213,6 +215,20 @@ def _how_to_get(missing: Sequence[str]) -> str:
         f"(on a model that has them): {', '.join(probes)}"
     )
 
+
+# Which verb of `moescope sae` writes which table; what comes first must be done first.
+_SAE_VERBS = {
+    "features": "read",
+    "feature_contexts": "read",
+    "feature_labels": "read",
+    "feature_links": "read",
+    "sae_measures": "judge",
+    "feature_experts": "experts",
+    "sparse_probes": "probe",
+    "descriptions": "describe",
+    "description_scores": "describe",
+    "mlp_students": "students",
+}
 
 # Which probe writes which table, for messages that say what to record.
 PROBE_OF_TABLE = {

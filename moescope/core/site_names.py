@@ -22,6 +22,7 @@ from moescope.core.sites import (
     HEAD_Q,
     HEAD_V,
     HEAD_Z,
+    MLP_IN,
     MLP_OUT,
     PATTERN,
     RESID_POST,
@@ -33,7 +34,11 @@ from moescope.core.sites import (
 
 _HEADS = (PATTERN, HEAD_Z, HEAD_Q, HEAD_K, HEAD_V)
 _ROUTED = (ROUTER_LOGITS, EXPERT_INDICES, EXPERT_WEIGHTS, EXPERT_OUT, EXPERT_POST, SHARED_OUT)
-_OWN = {"": (RESID_PRE, RESID_POST, ATTN_OUT, MLP_OUT), "mlp": (*_ROUTED, DENSE_POST), "attn": (*_ROUTED, *_HEADS)}
+_OWN = {
+    "": (RESID_PRE, RESID_POST, ATTN_OUT, MLP_OUT),
+    "mlp": (*_ROUTED, DENSE_POST, MLP_IN),
+    "attn": (*_ROUTED, *_HEADS),
+}
 
 # Inside a block: sublayer kind, name there → tensor. "" is the block itself.
 _IN_BLOCK = {

@@ -19,6 +19,7 @@ from moescope.core.sites import (
     HEAD_Q,
     HEAD_V,
     HEAD_Z,
+    MLP_IN,
     MLP_OUT,
     RESID_POST,
     RESID_PRE,
@@ -137,6 +138,7 @@ def _sublayer_paths(sublayer: SublayerPaths) -> Iterator[tuple[str, Site]]:
         yield from _output(path, Site(layer, "" if block == "attn" else block, ATTN_OUT))
     elif sublayer.kind in ("moe", "dense"):
         yield from _output(path, Site(layer, "" if block == "mlp" else block, MLP_OUT))
+        yield f"{path}.input", Site(layer, block, MLP_IN)
     for (kind, module, side), tensor in _INNER.items():
         if kind == sublayer.kind and (tensor != SHARED_OUT or sublayer.n_shared):
             site = Site(layer, block, tensor)

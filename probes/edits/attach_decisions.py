@@ -46,6 +46,7 @@ class _Router:
         self.session, self.s, self.program = session, s, program
         self.logits: torch.Tensor | None = None
         self.added: torch.Tensor | None = None
+        self.taken: Decision | None = None  # what the experts were given, where a step changes what they put out
 
     def hooks(self) -> list[Any]:
         """Put them on."""
@@ -82,9 +83,16 @@ class _Router:
         args = tuple(changed.get(name, value) for name, value in zip(names, inputs, strict=False))
         return (*args, *inputs[len(args) :]), {name: changed.get(name, value) for name, value in named.items()}
 
-    def _output(self, _module: nn.Module, _inputs: Any, output: Any) -> Any:
+    def _output(self, module: nn.Module, _inputs: Any, output: Any) -> Any:
         added, self.added = self.added, None
-        if added is None or self.session.now is None:
+        taken, self.taken = self.taken, None
+        now = self.session.now
+        if now is None:
+            return None
+        for changing in self.program:
+            if taken is not None and changing.live and (more := changing.outputs(module, taken, now)) is not None:
+                added = more if added is None else added + more
+        if added is None:
             return None
         return output + added.reshape(output.shape).to(output.dtype)
 
@@ -122,6 +130,7 @@ class _Router:
             if not isinstance(changing, RouterStep):
                 changing.decide(decision, now)
         self.added = decision.added
+        self.taken = decision if any(step.after for step in live) else None
         return decision
 
 

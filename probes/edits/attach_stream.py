@@ -22,11 +22,12 @@ from moescope.core.sites import RESID_POST, RESID_PRE, Site
 from moescope.probes.anatomy import Anatomy
 from moescope.probes.block_outputs import Contribution, changes_in_place, contributions
 from moescope.probes.edits.now import Now
+from moescope.probes.edits.passages import PASSAGES, passage_at, passage_hooks
 from moescope.probes.edits.step import StreamStep
+from moescope.probes.edits.steps.features import FeatureStep, Watching
 from moescope.probes.edits.steps.skip import SkipStep
-from moescope.probes.edits.steps.stream import NEURONS, neuron_projection
 
-Steps = Sequence[StreamStep[Any]]
+Steps = Sequence[StreamStep[Any] | Watching]
 
 
 class Editing(Protocol):
@@ -45,7 +46,7 @@ class Editing(Protocol):
         """The pass that runs."""
 
 
-def attach_stream(stack: ExitStack, session: Editing, layer: int, program: Steps) -> None:
+def attach_stream(stack: ExitStack, session: Editing, layer: int, program: Sequence[StreamStep[Any]]) -> None:
     """Put the steps of a layer into its block until `stack` closes.
 
     Args:
@@ -55,9 +56,12 @@ def attach_stream(stack: ExitStack, session: Editing, layer: int, program: Steps
         program: its steps, at whatever sites, in the order in which they act.
     """
     block = session.module.get_submodule(session.anatomy.block_paths[layer])
-    sites: defaultdict[str, list[StreamStep[Any]]] = defaultdict(list)
+    sites: defaultdict[str, list[StreamStep[Any] | Watching]] = defaultdict(list)
     for step in program:
         sites[step.site].append(step)  # type: ignore[attr-defined]  # every step of the stream has a site
+    for step in program:
+        if isinstance(step, FeatureStep) and step.reads is not None:
+            sites[step.reads].append(Watching(step))
     whole = _WholeBlock(block, session, sites.pop(RESID_PRE, []), sites.pop(RESID_POST, []))
     handles = [*whole.hooks()]
     for site, contribution in contributions(session.module, session.anatomy, layer).items():
@@ -65,30 +69,12 @@ def attach_stream(stack: ExitStack, session: Editing, layer: int, program: Steps
         steps = [s for s in sites.get(site.tensor, ()) if not site.block or isinstance(s, SkipStep)]
         if steps:
             handles += _Addend(block, session, site, contribution, steps).hooks()
-    neurons = neuron_projection(session.module, session.anatomy, layer) if NEURONS in sites else None
-    if neurons is not None:
-        hook = _neuron_hook(session, sites[NEURONS])
-        handles.append(neurons.register_forward_pre_hook(hook, with_kwargs=True, prepend=True))
+    for where in PASSAGES:
+        passage = passage_at(session.module, session.anatomy, layer, where) if where in sites else None
+        if passage is not None:
+            handles += passage_hooks(passage, session, sites[where])
     for handle in handles:
         stack.callback(handle.remove)
-
-
-def _neuron_hook(session: Editing, steps: Steps) -> Callable[..., Any]:
-    """Before the projection that ends a dense MLP: its input are the neurons."""
-
-    def hook(_module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> Any:
-        now = session.now
-        if now is None:
-            return None
-        name = next(iter(named), "")
-        given: torch.Tensor = inputs[0] if inputs else named[name]
-        post = given if given.ndim == 3 else given.reshape(*now.mask.shape, given.shape[-1])
-        for step in steps:
-            post = step.change(_fitting(post, now), now)
-        post = post.reshape(given.shape)
-        return ((post, *inputs[1:]), named) if inputs else (inputs, {**named, name: post})
-
-    return hook
 
 
 class _WholeBlock:

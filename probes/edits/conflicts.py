@@ -73,6 +73,9 @@ def _why_not_in_one_block(one: Edit, other: Edit) -> str | None:
     for skip, inner in ((one, other), (other, one)):
         if isinstance(skip, Skip) and (part := _part(inner)) and skip.part in ("block", part):
             return f"what is skipped is edited as well ({inner.kind})"
+    for masked, inner in ((one, other), (other, one)):
+        if isinstance(masked, MaskHead) and isinstance(inner, StreamEdit) and str(inner.site).startswith("attn."):
+            return f"heads are masked where {inner.kind} acts on {inner.site}"
     if isinstance(one, Patch) and isinstance(other, Patch) and one.site == other.site and one.run != other.run:
         return f"each puts other vectors into {one.site}"
     if isinstance(one, MaskHead) and isinstance(other, MaskHead) and one.how != other.how and one.block == other.block:
@@ -86,7 +89,8 @@ def _part(edit: Edit) -> str | None:
     if isinstance(edit, (ExpertEdit, MaskHead)):
         return "mlp" if edit.block.startswith("mlp") else "attn"
     if isinstance(edit, StreamEdit):
-        return {ATTN_OUT: "attn", MLP_OUT: "mlp"}.get(str(edit.site))
+        inner = str(edit.site).partition(".")[0]  # the part before the tensor's name, in attention or in the MLP
+        return {ATTN_OUT: "attn", MLP_OUT: "mlp", "attn": "attn", "mlp": "mlp"}.get(inner)
     return None
 
 

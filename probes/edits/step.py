@@ -94,18 +94,25 @@ class DecisionStep(Step[E]):
     Attributes:
         phase: where in a router it acts: 0 on its logits and its choice, 1 on the slots chosen, 2 on their weights and outputs.
         graded: whether a strength other than 0 and 1 means something.
+        after: whether it changes what the experts put out, when that is there.
         reads_logits: whether it needs the router's logits.
         live: whether any of its edits has a strength other than 0; a step that has none is not run.
     """
 
     phase: ClassVar[int] = 1
     graded: ClassVar[bool] = False
+    after: ClassVar[bool] = False
     reads_logits: bool = False
     live: bool = True
 
     @abstractmethod
     def decide(self, decision: Decision, now: Now) -> None:
         """Change `decision` in place of its attributes."""
+
+    def outputs(self, experts: nn.Module, decision: Decision, now: Now) -> torch.Tensor | None:
+        """What is added to the output of the experts module, [token, d_model]; asked of steps that act `after` it."""
+        del experts, decision, now
+        return None
 
 
 @dataclass

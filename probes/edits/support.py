@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
+
+import torch
 
 from moescope.core.edit import Edit
 from moescope.core.edit_kinds.experts import (
@@ -22,12 +25,17 @@ from moescope.core.edit_kinds.experts import (
     TopK,
     TopP,
 )
+from moescope.core.edit_kinds.features import Descend, Latents, Splice
 from moescope.core.edit_kinds.stream import Add, Clamp, MaskHead, ProjectOut, SetChannel, Skip
 from moescope.core.errors import InputError
+from moescope.core.sites import EXPERT_OUT, RESID_POST, Site
 from moescope.probes.anatomy import Anatomy, Sublayer
 from moescope.probes.edits.checks import check_edit, why_not_model
 from moescope.probes.edits.router_rules import why_no_rule
 from moescope.probes.live_model import LiveModel
+
+_TRIED = "an autoencoder"
+_SLOTS = f"mlp.{EXPERT_OUT}"
 
 
 @dataclass(frozen=True)
@@ -50,6 +58,19 @@ class Support:
         return bool(self.layers)
 
 
+class _TrialAutoencoder:
+    """Stands where an autoencoder is checked, and is never run."""
+
+    def __init__(self, d_model: int) -> None:
+        self.site, self.d_in, self.decoder = Site(0, "", RESID_POST), d_model, torch.zeros(1, d_model)
+
+    def encode(self, x: torch.Tensor) -> torch.Tensor:
+        """Not for a trial."""
+        raise NotImplementedError
+
+    decode = encode
+
+
 def edit_support(model: LiveModel) -> dict[str, Support]:
     """Every kind of edit and where a model takes it: a trial edit of each is checked in every layer, and none is applied.
 
@@ -62,11 +83,12 @@ def edit_support(model: LiveModel) -> dict[str, Support]:
         ((0, 1, 2, 3, 4, 5), None)
     """
     found = {}
+    sources: dict[str, Any] = {_TRIED: _TrialAutoencoder(model.anatomy.d_model)}
     for name, block, make in _trials(model.anatomy):
         layers, reason = [], why_not_model(model)
         for layer in _layers(model.anatomy, block) if reason is None else ():
             try:
-                check_edit(model, make(layer))
+                check_edit(model, make(layer), sources)
                 layers.append(layer)
             except InputError as refused:
                 reason = refused.found or refused.problem
@@ -139,6 +161,10 @@ def _trials(anatomy: Anatomy) -> Iterator[tuple[str, str, Callable[[int], Edit]]
     yield "project_out", "", lambda layer: ProjectOut(layer=layer, vector=vector)
     yield "clamp", "", lambda layer: Clamp(layer=layer, vector=vector, high=1.0)
     yield "set_channel", "", lambda layer: SetChannel(layer=layer, channels=0)
+    yield "splice", "", lambda layer: Splice(layer=layer, sae=_TRIED, forced=True)
+    yield "splice slots", "mlp", lambda layer: Splice(layer=layer, sae=_TRIED, site=_SLOTS, forced=True)  # type: ignore[arg-type]  # a constant
+    yield "latents", "", lambda layer: Latents(layer=layer, sae=_TRIED, latents=0, values=1.0, forced=True)
+    yield "descend", "", lambda layer: Descend(layer=layer, sae=_TRIED, target=[1.0], forced=True)
     yield "skip block", "", lambda layer: Skip(layer=layer)
     yield "skip attn", "", lambda layer: Skip(layer=layer, part="attn")
     yield "skip mlp", "", lambda layer: Skip(layer=layer, part="mlp")

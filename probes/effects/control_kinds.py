@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any, TypeVar
 
 import numpy as np
@@ -12,12 +13,13 @@ from torch import nn
 
 from moescope.core.edit import Edit
 from moescope.core.edit_kinds.experts import Ablate, Keep, MixRouting, OfExperts, SwapExperts, as_tuple
+from moescope.core.edit_kinds.features import Descend, Latents
 from moescope.core.edit_kinds.stream import AlongVector, MaskHead, SetChannel, Skip
 from moescope.probes.anatomy import Anatomy, Sublayer
 from moescope.probes.edits.step import Place
 from moescope.probes.edits.steps.mask_head import head_count
-
-NEURONS = "mlp.hook_post"
+from moescope.probes.edits.steps.stream import width_at
+from moescope.probes.effects.latent_controls import LatentDraws, TooFewLatentsError
 
 Router = tuple[int, str]
 Matcher = Callable[[Any, "Drawing"], list[Edit]]
@@ -37,6 +39,7 @@ class Drawing:
         loads: router → decisions of each expert.
         random: where the draws come from.
         near: an expert is drawn among so many of nearest load.
+        latents: draws other latents, for edits through an autoencoder.
 
     Attributes:
         unmatched: whether experts were drawn without loads to match.
@@ -52,7 +55,9 @@ class Drawing:
         random: np.random.Generator,
         *,
         near: int,
+        latents: LatentDraws | None = None,
     ) -> None:
+        self._latents = latents
         self.module, self.anatomy, self.random = module, anatomy, random
         self._loads, self._near = loads, near
         self.unmatched = False
@@ -99,8 +104,8 @@ class Drawing:
 
     def channels(self, site: str) -> dict[int, int]:
         """Channel named → the one that stands for it, at a site; the same one in every layer."""
-        neurons = [s.d_expert for s in self.anatomy.sublayers if s.kind == "dense" and s.d_expert]
-        width = min(neurons, default=0) if site == NEURONS else self.anatomy.d_model
+        places = (Place(self.module, self.anatomy, layer) for layer in range(self.anatomy.n_layers))
+        width = min((found for place in places if (found := width_at(site, place)) is not None), default=0)
         return self._once(
             ("channels", site), lambda: self._draw(self._channels[site], range(width), f"channels of {site}")
         )
@@ -112,6 +117,19 @@ class Drawing:
         return self._once(
             ("layers", part), lambda: self._draw(self._skipped, _unique(there), f"layers with {part} in the model")
         )
+
+    def latents(self, sae: str) -> dict[int, int]:
+        """Latent named → the one that stands for it, of an autoencoder."""
+        assert self._latents is not None
+        try:
+            return self._once(("latents", sae), partial(self._latents.stand_ins, sae, self.random))
+        except TooFewLatentsError as reason:
+            raise ExhaustedError(str(reason)) from reason
+
+    def alike(self, sae: str, latent: int, other: int) -> float:
+        """By what a value of one latent is multiplied so that another writes as long a vector."""
+        assert self._latents is not None
+        return self._latents.ratio(sae, latent, other)
 
     def direction(self, vector: Sequence[float]) -> tuple[float, ...]:
         """A random direction of the same norm; the same one for the same vector."""
@@ -268,6 +286,23 @@ def _unique(numbers: Iterable[int]) -> tuple[int, ...]:
     return tuple(dict.fromkeys(int(n) for n in numbers))
 
 
+def _of_latents(edit: Latents, drawing: Drawing) -> list[Edit]:
+    stands_for = drawing.latents(edit.sae)
+    values: Sequence[float] = edit.values  # type: ignore[assignment]  # a tuple once made
+    if edit.how != "scale":
+        pairs = zip(edit.ids, values, strict=True)
+        values = tuple(value * drawing.alike(edit.sae, i, stands_for[i]) for i, value in pairs)
+    return [replace(edit, latents=tuple(stands_for[i] for i in edit.ids), values=values)]
+
+
+def _descend(edit: Descend, drawing: Drawing) -> list[Edit]:
+    if edit.ids is not None:
+        stands_for = drawing.latents(edit.sae)
+        return [replace(edit, latents=tuple(stands_for[i] for i in edit.ids))]
+    numbers = drawing.shuffled(edit.numbers)
+    return [replace(edit, **{"target" if edit.target is not None else "weights": numbers})]  # type: ignore[arg-type]  # fields of the kind
+
+
 _MATCHERS: tuple[tuple[type[Edit], Matcher], ...] = (
     (OfExperts, _of_experts),
     (SwapExperts, _swap),
@@ -275,5 +310,7 @@ _MATCHERS: tuple[tuple[type[Edit], Matcher], ...] = (
     (SetChannel, _set_channel),
     (AlongVector, _along),
     (Skip, _skip),
+    (Latents, _of_latents),
+    (Descend, _descend),
     (MixRouting, _mix),
 )

@@ -1,4 +1,4 @@
-"""Matched random controls: the same edits of other experts, heads, channels, directions or layers."""
+"""Matched random controls: the same edits of other experts, heads, channels, directions, latents or layers."""
 
 from __future__ import annotations
 
@@ -15,6 +15,8 @@ from moescope.core.intervention import Intervention
 from moescope.probes.corpus import Corpus
 from moescope.probes.effects.calibration import with_means
 from moescope.probes.effects.control_kinds import Drawing, ExhaustedError, matcher_of
+from moescope.probes.effects.latent_controls import LatentDraws
+from moescope.probes.effects.latent_rates import Rates
 from moescope.probes.live_model import LiveModel
 from moescope.store.run import Run
 
@@ -59,16 +61,25 @@ def loads_of(run: Run) -> dict[tuple[int, str], NDArray[np.float64]]:
 
 
 def controls_for(
-    intervention: Intervention, model: LiveModel, *, loads: Loads | None = None, draws: int = 5, seed: int = 0
+    intervention: Intervention,
+    model: LiveModel,
+    *,
+    loads: Loads | None = None,
+    draws: int = 5,
+    seed: int = 0,
+    sources: Mapping[str, Any] | None = None,
+    rates: Rates | None = None,
 ) -> Controls:
     """Draw interventions of the same size at the same places that spare what the given one names.
 
     Experts: as many others of the same router, each drawn among those whose load is nearest to that of the one it stands
     for (SwapExperts and FakeQuant too; for Keep, where it keeps most experts, those it leaves out are drawn anew). Heads: as
     many others of the same layers. Channels: as many others, with the same values. Directions (Add, ProjectOut, Clamp):
-    Gaussian ones of the same norm. Skip: as many other layers. MixRouting: the reference with its experts shuffled. What has
-    no random counterpart (TopK, TopP, RandomRouting, SetRouting, Patch) stays as it is; where nothing else is edited there
-    are no controls, and the notes say so.
+    Gaussian ones of the same norm. Skip: as many other layers. MixRouting: the reference with its experts shuffled. Latents:
+    as many others of the same autoencoder, each drawn among those active about as often as the one it stands for, its value
+    times the ratio of the two decoder norms so that it writes a vector of the same length. Descend: towards the same numbers
+    for other latents (for all latents, shuffled among them). What has no random counterpart (TopK, TopP, RandomRouting,
+    SetRouting, Patch, Splice) stays as it is; where nothing else is edited there are no controls, and the notes say so.
 
     Args:
         intervention: what is measured.
@@ -76,6 +87,9 @@ def controls_for(
         loads: (layer, block) → decisions of each expert, as `loads_of` gives them; None to draw experts without matching.
         draws: controls wanted; there are fewer where no more differ.
         seed: of the draws.
+        sources: the autoencoders that edits go through, by name.
+        rates: name of an autoencoder → share of tokens on which each latent is active, as
+            `moescope.probes.effects.latent_rates.latent_rates` gives them; None to draw latents without matching.
 
     Example:
         >>> import moescope as ms
@@ -93,8 +107,15 @@ def controls_for(
         kinds = ", ".join(dict.fromkeys(fixed))
         return Controls((), (f"There is no matched random counterpart of {kinds}: no controls.",))
     notes = [f"The controls leave {', '.join(dict.fromkeys(fixed))} as it is."] if fixed else []
+    others = LatentDraws(intervention.edits, sources or {}, rates or {}, near=draws + 2)
     drawing = Drawing(
-        model.module, anatomy, intervention.edits, loads or {}, np.random.default_rng(seed), near=draws + 2
+        model.module,
+        anatomy,
+        intervention.edits,
+        loads or {},
+        np.random.default_rng(seed),
+        near=draws + 2,
+        latents=others,
     )
     found: dict[Any, tuple[Edit, ...]] = {}
     try:
@@ -119,6 +140,7 @@ def controls_for(
             "Loads are matched poorly, since a layer has few experts: a control expert is chosen up to "
             f"{drawing.far:,.1f} times as often, or as rarely, as the one it stands for."
         )
+    notes += others.notes()
     interventions = tuple(
         Intervention(edits, name=f"{intervention.name or 'control'} (control {number})")
         for number, edits in enumerate(found.values())

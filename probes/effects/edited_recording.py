@@ -31,6 +31,7 @@ class EditedRecording:
         intervention: how it is edited.
         store: where the runs lie that edits replay.
         generate: tokens to continue each sequence by: 0.
+        sources: name → autoencoder, for edits that go through one.
 
     Raises:
         InputError: edits the model cannot take, or no edits at all; a recording that generates.
@@ -39,7 +40,15 @@ class EditedRecording:
         anatomy: the model's, with the number of experts a token takes under the edits.
     """
 
-    def __init__(self, model: LiveModel, intervention: Intervention, store: Store, *, generate: int) -> None:
+    def __init__(
+        self,
+        model: LiveModel,
+        intervention: Intervention,
+        store: Store,
+        *,
+        generate: int,
+        sources: Mapping[str, Any] | None = None,
+    ) -> None:
         if not intervention.edits:
             raise InputError("the intervention is empty", fix="give it at least one edit, or leave it out")
         if generate:
@@ -49,7 +58,7 @@ class EditedRecording:
                 fix="leave out generate (--generate); what an edited model writes is measured by intervene effect --generate",
             )
         self._model, self._intervention = model, intervention
-        self._sources = sources_of(intervention, store)
+        self._sources = sources_of(intervention, store, sources)
         self._session: Edited | None = None
         check_intervention(model, intervention, sources=self._sources)
         self.anatomy = _as_edited(model.anatomy, intervention)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,7 +22,6 @@ from moescope.probes.forward import to_device
 from moescope.probes.generation import continue_greedily
 from moescope.probes.live_model import LiveModel
 from moescope.probes.selfcheck import check_generation
-from moescope.store.run import Run
 
 METRICS = ("repetition", "distinct_1", "distinct_2", "distinct_3", "length")
 _PROMPT_TOKENS = 32
@@ -48,7 +48,7 @@ def generation_health(
     *,
     tokens: int,
     prompts: int = 16,
-    sources: Mapping[str, Run] | None = None,
+    sources: Mapping[str, Any] | None = None,
 ) -> Health:
     """Continue the beginnings of the first texts greedily and measure what is written.
 
@@ -60,7 +60,7 @@ def generation_health(
         variants: interventions, each held against the unedited model.
         tokens: written after each prompt, at most; a text ends after its end-of-sequence token.
         prompts: how many texts are begun; fewer where the corpus has fewer.
-        sources: run name → run, for edits that replay a recorded one.
+        sources: name → run or autoencoder, for edits that name one.
 
     Raises:
         InputError: a model that cannot generate, or has no room for so many tokens; edits that cannot be generated under.

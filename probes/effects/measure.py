@@ -22,9 +22,11 @@ from moescope.probes.effects.calibration import with_means
 from moescope.probes.effects.controls import Controls, controls_for, loads_of, with_own_means
 from moescope.probes.effects.generation_health import METRICS, Health, generation_health
 from moescope.probes.effects.intervals import mean_with_interval, sequence_sums, token_rows, unit_of
+from moescope.probes.effects.latent_controls import matched_alike
+from moescope.probes.effects.latent_rates import latent_rates
 from moescope.probes.effects.paired import paired_pass
 from moescope.probes.effects.rerouting import routing_frozen
-from moescope.probes.effects.sources import sources_of
+from moescope.probes.effects.sources import autoencoder_names, sources_of
 from moescope.probes.effects.tally import GROUPS, TOKEN_METRICS, Tallied, Tally, check_groups
 from moescope.probes.failures import explained
 from moescope.probes.live_model import LiveModel
@@ -74,6 +76,7 @@ def measure_effect(
     seed: int = 0,
     decompose: bool = False,
     keep_run: str | None = None,
+    sources: Mapping[str, Any] | None = None,
     progress: bool = True,
 ) -> Effect:
     """Measure an intervention against the unedited model, on the same tokens, beside matched random controls.
@@ -98,6 +101,7 @@ def measure_effect(
         decompose: split the effect, and those of its controls, into content (routers replay the baseline's decisions) and
             re-routing (the rest); takes twice as long.
         keep_run: also record a full run under the intervention, with this name.
+        sources: name → autoencoder, for edits that go through one; runs that edits replay are found in the store.
         progress: show how far it is, on stderr.
 
     Raises:
@@ -135,16 +139,18 @@ def measure_effect(
     if keep_run is not None and any(run.name == keep_run for run in store.runs()):
         raise InputError(f"{store.path} already has a run called {keep_run!r}", fix="choose another name (--keep-run)")
     corpus = Corpus.load(corpus)
-    sources = sources_of(intervention, store)
+    found_sources = sources_of(intervention, store, sources)
     sizes = {"batch_size": batch_size or BATCH_SIZE, "max_length": max_length or MAX_LENGTH}
     intervention = with_means(model, corpus, intervention, **sizes)
-    check_intervention(model, intervention, sources=sources)
+    check_intervention(model, intervention, sources=found_sources)
+    if decompose and base is not None and (base if isinstance(base, str) else base.name) in found_sources:
+        raise InputError("the base run and an autoencoder share a name", fix="give one of them another name")
     if decompose:
         routing_frozen(intervention, model, "baseline")  # refused now, not after the baseline was recorded
     run = baseline(
         model, corpus, store, base=base, batch_size=batch_size, max_length=max_length, seed=seed, progress=progress
     )
-    measuring = _Measuring(model, corpus, intervention, run, sources, seed, progress)
+    measuring = _Measuring(model, corpus, intervention, run, found_sources, seed, progress)
     with claimed(model.module, f"effect of {intervention.name or 'an intervention'}"):
         try:
             measured = measuring.run(controls, groups, decompose=decompose, generate=generate, prompts=prompts)
@@ -167,7 +173,7 @@ class _Measuring:
     corpus: Corpus
     intervention: Intervention
     base: Run
-    sources: Mapping[str, Run]
+    sources: Mapping[str, Any]
     seed: int
     progress: bool
     controls: Controls = field(default_factory=lambda: Controls((), ()))
@@ -180,7 +186,17 @@ class _Measuring:
     ) -> list[Measured]:
         """Everything that will be stored."""
         loads = loads_of(self.base)
-        drawn = controls_for(self.intervention, self.model, loads=loads, draws=controls, seed=self.seed)
+        through = {name: self.sources[name] for name in matched_alike(self.intervention.edits)} if controls else {}
+        rates = latent_rates(self.model, self.plan, self.base.store, through)
+        drawn = controls_for(
+            self.intervention,
+            self.model,
+            loads=loads,
+            draws=controls,
+            seed=self.seed,
+            sources=self.sources,
+            rates=rates,
+        )
         self.controls = with_own_means(drawn, self.model, self.corpus, *plan_of(self.base))
         compared = [self.intervention, *self.controls.interventions]
         frozen = [routing_frozen(variant, self.model, self.base.name) for variant in compared] if decompose else []
@@ -271,5 +287,6 @@ def _kept(measuring: _Measuring, store: Store, name: str) -> Run:
         batch_size=batch_size,
         max_length=max_length,
         seed=measuring.seed,
+        sources={name: measuring.sources[name] for name in autoencoder_names([measuring.intervention])},
         progress=measuring.progress,
     )

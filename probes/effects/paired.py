@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,7 +17,6 @@ from moescope.probes.effects.token_numbers import TokenNumbers, compared
 from moescope.probes.effects.variants import Under, alternately
 from moescope.probes.forward import logits_of, to_device
 from moescope.probes.live_model import LiveModel
-from moescope.store.run import Run
 
 Floats = NDArray[np.float64]
 
@@ -51,7 +51,7 @@ def paired_pass(
     batches: Iterable[Batch],
     variants: Sequence[Intervention],
     *,
-    sources: Mapping[str, Run] | None = None,
+    sources: Mapping[str, Any] | None = None,
 ) -> Iterator[PairedBatch]:
     """Run each batch plain, then under each variant, and compare the predictions.
 
@@ -62,7 +62,7 @@ def paired_pass(
         model: what runs.
         batches: a `BatchPlan`, or some of its batches.
         variants: what to compare with the plain pass.
-        sources: run name → run, for edits that replay a recorded one.
+        sources: name → run or autoencoder, for edits that name one.
 
     Raises:
         InputError: an edit that this model cannot take.

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from typing import Any
 
 from moescope.core.intervention import Intervention
 from moescope.probes.edits.session import edited
 from moescope.probes.edits.step import WeightStep, step_for
 from moescope.probes.live_model import LiveModel
-from moescope.store.run import Run
 
 # Called with the variant's number (None for the unedited model) and the ids of the sequences, one a row.
 Under = Callable[[int | None, Sequence[int]], AbstractContextManager[None]]
@@ -17,7 +17,7 @@ Under = Callable[[int | None, Sequence[int]], AbstractContextManager[None]]
 
 @contextmanager
 def alternately(
-    model: LiveModel, variants: Sequence[Intervention], *, sources: Mapping[str, Run] | None = None
+    model: LiveModel, variants: Sequence[Intervention], *, sources: Mapping[str, Any] | None = None
 ) -> Iterator[Under]:
     """Hold a model ready to run unedited or under any of some interventions; gives a function that chooses which.
 
@@ -27,7 +27,7 @@ def alternately(
     Args:
         model: what will run.
         variants: the interventions.
-        sources: run name → run, for edits that replay a recorded one.
+        sources: name → run or autoencoder, for edits that name one.
 
     Raises:
         InputError: an edit that this model cannot take.
@@ -62,7 +62,7 @@ def alternately(
         session.check_finite()
 
 
-def _one_by_one(model: LiveModel, variants: Sequence[Intervention], sources: Mapping[str, Run] | None) -> Under:
+def _one_by_one(model: LiveModel, variants: Sequence[Intervention], sources: Mapping[str, Any] | None) -> Under:
     @contextmanager
     def under(number: int | None, sequences: Sequence[int]) -> Iterator[None]:
         if number is None:

@@ -23,6 +23,7 @@ from moescope.core.sites import (
     HEAD_Q,
     HEAD_V,
     HEAD_Z,
+    MLP_IN,
     MLP_OUT,
     PATTERN,
     RESID_POST,
@@ -150,6 +151,8 @@ def _points(layer: int, block: nn.Module, anatomy: Anatomy) -> Iterator[tuple[Si
     attention, mlp = block._modules.get("attn"), block._modules.get("mlp")
     if attention is not None and "attn" in kinds and _is_a(attention, "AttentionBridge"):
         yield from ((Site(layer, "attn", tensor), found) for tensor, found in _head_points(attention).items())
+    if mlp is not None and kinds.get("mlp") in ("dense", "moe") and (given := _hook_point(mlp, MLP_IN)) is not None:
+        yield Site(layer, "mlp", MLP_IN), Point(given, "given", _as_it_is)
     if mlp is not None and kinds.get("mlp") == "dense":
         point = _hook_point(mlp, DENSE_POST)
         if point is not None and point is not getattr(mlp, "hook_out", None):  # an alias of MoE bridges

@@ -23,6 +23,7 @@ from moescope.core.sites import (
     HEAD_Q,
     HEAD_V,
     HEAD_Z,
+    MLP_IN,
     MLP_OUT,
     PATTERN,
     RESID_POST,
@@ -126,6 +127,10 @@ def hooked_taps(module: nn.Module, anatomy: Anatomy) -> ForeignTaps:
                 point = owner._modules.get(tensor) if owner is not None else None
                 if point is not None:
                     points[Site(layer, name, tensor)] = Point(point, called, _as_it_is)
+        # The MLP's input has no hook point behind the norm's own weights, but it is what the norm's module gives.
+        norm = block._modules.get("ln2")
+        if norm is not None and "mlp" in block._modules:
+            points[Site(layer, "mlp", MLP_IN)] = Point(norm, "given", _as_it_is)
     routed = [_Routed(s, module.get_submodule(s.path)) for s in anatomy.moe]
     return ForeignTaps(points, routed, whole=True)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -21,7 +21,7 @@ from moescope.store.vector_shards import DTYPES, VectorRows
 from moescope.store.writer import BatchRecords
 
 # The name under which a site's tensor is handed over, apart from the decision and what accounts for it.
-_VECTORS = ("resid", "out", "logits", "post", "q", "k", "v", "z")
+VECTORS = ("resid", "out", "logits", "given", "post", "q", "k", "v", "z")
 _NOT_KEPT = {
     PATTERN: "attention is a matrix a head, and is reduced as it passes: record the probe `attention`",
     EXPERT_INDICES: "the decision is in the table `routing`: record the probe `routing`",
@@ -43,9 +43,7 @@ class ActivationsProbe(Probe):
 
     def __init__(self, context: ProbeContext) -> None:
         super().__init__(context)
-        for site in context.sites:
-            if site.tensor in _NOT_KEPT:
-                raise InputError(f"no vectors are kept at {site}", fix=_NOT_KEPT[site.tensor])
+        check_vectors_at(context.sites)
         self._shape = (0, 0)
         self._places: NDArray[np.int64] | None = None
         self._on_device: dict[torch.device, torch.Tensor] = {}
@@ -77,9 +75,9 @@ class ActivationsProbe(Probe):
         if site.tensor in (EXPERT_OUT, EXPERT_POST):
             kept["vector_experts"] = tensors["indices"].index_select(0, places)
         if site.tensor == EXPERT_POST:
-            vectors, kept["vector_found"] = _neurons_of(places, tensors)
+            vectors, kept["vector_found"] = neurons_of(places, tensors)
         else:
-            whole = next(tensors[name] for name in _VECTORS if name in tensors).detach()
+            whole = next(tensors[name] for name in VECTORS if name in tensors).detach()
             in_rows = whole.dim() > 2 and whole.shape[:2] == mask.shape
             vectors = (whole.flatten(0, 1) if in_rows else whole).index_select(0, places)
         self._dtypes[site] = str(vectors.dtype).removeprefix("torch.")
@@ -150,8 +148,20 @@ class ActivationsProbe(Probe):
         return self._on_device[device]
 
 
-def _neurons_of(places: torch.Tensor, tensors: Tensors) -> tuple[torch.Tensor, torch.Tensor]:
-    """Neurons of every slot of some tokens, [token, k, d_expert], and which slots have any, [token, k]."""
+def check_vectors_at(sites: Iterable[Site]) -> None:
+    """Raise `InputError` for a site whose tensor is no vector of a token."""
+    for site in sites:
+        if site.tensor in _NOT_KEPT:
+            raise InputError(f"no vectors are kept at {site}", fix=_NOT_KEPT[site.tensor])
+
+
+def neurons_of(places: torch.Tensor, tensors: Tensors) -> tuple[torch.Tensor, torch.Tensor]:
+    """Neurons of every slot of some tokens, [token, k, d_expert], and which slots have any, [token, k]. No host read.
+
+    Args:
+        places: row · position places of the tokens.
+        tensors: what a tap at `experts.hook_post` hands over.
+    """
     ids, post, slot = tensors["indices"], tensors["post"].detach(), tensors["slot"]
     row = torch.full((ids.numel(),), -1, dtype=slot.dtype, device=slot.device)
     row = row.scatter(0, slot, torch.arange(len(slot), device=slot.device)).reshape(ids.shape).index_select(0, places)

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import numpy as np
 import pyarrow as pa
+from numpy.typing import NDArray
 
 from moescope.core.probe import probe
 from moescope.core.sites import Site
@@ -18,11 +22,12 @@ PHASES = ("prefill", "decode")
 
 @probe(name="tokens", tables=("tokens", "sequences", "vocabulary"), default=True)
 class TokensProbe(Probe):
-    """Tokens with position, class, NLL in nats and the model's next prediction; needs no site, only the logits."""
+    """Tokens with position, class, NLL in nats and the model's next prediction; needs no site. Without logits neither of the two."""
 
     def __init__(self, context: ProbeContext) -> None:
         super().__init__(context)
         self._pieces = Pieces(context.tokenizer)
+        self._predicted = True
 
     def sites(self, anatomy: Anatomy) -> list[Site]:
         """None: NLL comes from the model's output."""
@@ -35,14 +40,8 @@ class TokensProbe(Probe):
     def rows(self, host: HostBatch, records: BatchRecords) -> None:
         """Rows of `sequences`, `tokens` and, for ids not seen before, `vocabulary`."""
         sequences = host.batch.sequences
-        ids, nll, predicted = (a.take(host.real) for a in (host.ids, host.outputs["nll"], host.outputs["predicted_id"]))
-        first = host.position == 0
-        if not np.isfinite(nll[~first]).all():
-            self.context.report(
-                "tokens",
-                "some negative log-likelihoods are NaN or infinite: the model's logits overflowed; record it in another "
-                "dtype (float32, bfloat16)",
-            )
+        ids = host.ids.take(host.real)
+        nll, predicted, seen = self._predictions(host, ids)
         special, classes = self._pieces.describe(ids)
         if host.phase == "prefill":
             records.tables["sequences"] = _sequence_rows(host)
@@ -53,26 +52,51 @@ class TokensProbe(Probe):
                 "position": pa.array(host.position, pa.int32()),
                 "token_id": pa.array(ids, pa.int32()),
                 "phase": _phase(host.phase, len(ids)),
-                "nll": pa.array(nll, pa.float32(), mask=first),
-                "predicted_id": pa.array(predicted, pa.int32()),
+                "nll": nll,
+                "predicted_id": predicted,
                 "is_special": pa.array(special),
                 "class": classes,
             }
         )
-        fresh = self._pieces.unseen(np.concatenate([ids, predicted]))
+        fresh = self._pieces.unseen(seen)
         if fresh.num_rows:
             records.tables["vocabulary"] = fresh
 
+    def _predictions(self, host: HostBatch, ids: NDArray[np.int64]) -> tuple[pa.Array, pa.Array, NDArray[np.int64]]:
+        """NLL and prediction of each token, null where the pass was stopped before its logits, and every id named."""
+        self._predicted = "nll" in host.outputs
+        if not self._predicted:
+            return pa.nulls(len(ids), pa.float32()), pa.nulls(len(ids), pa.int32()), ids
+        nll, predicted = (host.outputs[name].take(host.real) for name in ("nll", "predicted_id"))
+        first = host.position == 0
+        if not np.isfinite(nll[~first]).all():
+            self.context.report(
+                "tokens",
+                "some negative log-likelihoods are NaN or infinite: the model's logits overflowed; record it in another "
+                "dtype (float32, bfloat16)",
+            )
+        named = np.concatenate([ids, predicted])
+        return pa.array(nll, pa.float32(), mask=first), pa.array(predicted, pa.int32()), named
+
+    def state(self) -> dict[str, Any]:
+        """That passes give no logits, where they do not."""
+        return {} if self._predicted else {"predicted": False}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Go on with passes as they were."""
+        self._predicted = bool(state.get("predicted", True))
+
     def expectations(self, tokens: int, sequences: int) -> list[Expectation]:
-        """A row a token, a row a sequence, and an NLL for every token but the first of a sequence."""
+        """A row a token, a row a sequence, and, where passes gave logits, an NLL for every token but a sequence's first."""
         problem = self.context.problems.get("tokens")
-        return [
+        found = [
             Expectation("sequences", sequences, "SELECT count(*) FROM sequences WHERE run_id = $run"),
             Expectation("tokens", tokens, "SELECT count(*) FROM tokens WHERE run_id = $run"),
-            Expectation(
-                "tokens.nll", tokens - sequences, "SELECT count(nll) FROM tokens WHERE run_id = $run", problem=problem
-            ),
         ]
+        if self._predicted:
+            query = "SELECT count(nll) FROM tokens WHERE run_id = $run"
+            found.append(Expectation("tokens.nll", tokens - sequences, query, problem=problem))
+        return found
 
 
 def _phase(phase: str, rows: int) -> pa.Array:

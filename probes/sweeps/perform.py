@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal
@@ -57,6 +57,7 @@ class SweepRequest:
         generate, prompts: for `dose`, tokens written after each of so many prompts; 0 for none.
         screen, sample: for `experts`, estimate all and run the `screen` highest and `sample` random ones; None to run all.
         seed: of random sets, samples and intervals.
+        sources: name → autoencoder, for edits that go through one.
     """
 
     model: LiveModel
@@ -77,6 +78,7 @@ class SweepRequest:
     screen: int | None = None
     sample: int = 16
     seed: int = 0
+    sources: Mapping[str, Any] = field(default_factory=dict)
     _batches: dict[tuple[int, int], list[Batch]] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -94,7 +96,7 @@ class SweepRequest:
         """Every intervention, checked against the model."""
         found = self._variants()
         for variant in found if self.kind != "experts" else found[:1]:  # experts differ in nothing but their ids
-            check_intervention(self.model, variant.intervention)
+            check_intervention(self.model, variant.intervention, sources=self.sources)
         return found
 
     def _variants(self) -> list[Variant]:
@@ -132,7 +134,7 @@ class SweepRequest:
         batches, variants = self.batches(*plan), self.variants
         if self.screen is not None:  # the others are estimated together, in about two passes
             variants = variants[:: max(1, len(variants) // max(1, self.screen + self.sample))]
-        return cost_of(SweepPasses(self.model, rows or plan[0]), list(grouped(variants)), batches)
+        return cost_of(SweepPasses(self.model, rows or plan[0], sources=self.sources), list(grouped(variants)), batches)
 
     def batches(self, batch_size: int, max_length: int) -> list[Batch]:
         """The corpus, cut into batches."""
@@ -173,9 +175,12 @@ class SweepRequest:
         """
         check_room(store)
         batch_size, max_length = plan_of(base)
-        sources = {k: v for variant in self.variants for k, v in sources_of(variant.intervention, store).items()}
+        named = (sources_of(variant.intervention, store, self.sources) for variant in self.variants)
+        sources = {name: source for found in named for name, source in found.items()}
         more: dict[str, Any] = {"rows": rows or batch_size, "draws": intervals, "seed": self.seed, "sources": sources}
         settings = {"kind": self.kind, "rows": more["rows"], "seed": self.seed, "generate": self._writes}
+        if through := {name: str(getattr(a, "sae_id", name)) for name, a in self.sources.items()}:
+            settings["autoencoders"] = through
         sweep = Sweep(
             self.model, self.batches(batch_size, max_length), self.variants, store, base, self._label, settings, **more
         )

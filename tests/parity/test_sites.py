@@ -23,6 +23,7 @@ from moescope.core.sites import (
     HEAD_Q,
     HEAD_V,
     HEAD_Z,
+    MLP_IN,
     MLP_OUT,
     PATTERN,
     RESID_POST,
@@ -278,6 +279,42 @@ def test_dense_neurons_are_activated_gate_times_up(family: str) -> None:
             checked += 1
     dense = [s for s in run.anatomy.sublayers if s.kind == "dense"]
     assert checked == len(dense)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_inputs_of_mlps_are_what_their_modules_and_routers_are_given(family: str) -> None:
+    run = passed(family)
+    inputs = {site: tensor for site, tensor in run.tensors.items() if site.tensor == MLP_IN}
+    mlps = [s for s in run.anatomy.sublayers if s.block.startswith("mlp") and s.kind in ("moe", "dense")]
+    whole = {s.path: s for s in reversed(mlps)}  # of two routers of one module the first stands for it
+    blocks = [s for s in whole.values() if s.path in run.anatomy.block_paths]
+    assert len(inputs) == len(whole) - len(blocks)
+    assert bool(blocks) == (family == "gemma4_text")
+    for s in whole.values():
+        if s in blocks:
+            continue
+        found, (given, _) = inputs[Site(s.layer, s.block, MLP_IN)], run.watched[s.path]
+        assert found.shape == (2, LENGTH, run.anatomy.d_model)
+        if family == "switch_transformers" and s.kind == "dense":  # its module norms the stream itself
+            with torch.no_grad():
+                given = run.model.get_submodule(s.path).layer_norm(given)
+        assert torch.equal(found.reshape(given.shape), given)
+        if s.router_path is not None:
+            assert torch.equal(router_input(run, s.router_path), found.reshape(-1, run.anatomy.d_model))
+
+
+def router_input(run: Passed, path: str) -> Any:
+    """The first thing of d_model a token that a router is given."""
+    seen: list[Any] = []
+
+    def look(_module: Any, inputs: Any, named: Any) -> None:
+        seen.extend(x.clone() for x in (*inputs, *named.values()) if isinstance(x, torch.Tensor))
+
+    hook = run.model.get_submodule(path).register_forward_pre_hook(look, with_kwargs=True)
+    with torch.no_grad():
+        run.model(**run.inputs)
+    hook.remove()
+    return next(x for x in seen if x.shape[-1] == run.anatomy.d_model).reshape(-1, run.anatomy.d_model)
 
 
 @pytest.mark.parametrize("family", [f for f in MOE if f not in ENCODER_DECODER_TYPES])

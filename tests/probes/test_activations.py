@@ -73,7 +73,7 @@ def vectors_by_hand(site: Site, tensors: dict[str, Any], position: int, width: i
         k = tensors["indices"].shape[1]
         found = dict(zip(tensors["slot"].tolist(), tensors["post"], strict=True))
         return [(found[flat * k + n], expert) for n, expert in enumerate(tensors["indices"][flat].tolist())]
-    name = next(n for n in ("resid", "out", "logits", "post", "q", "k", "v", "z") if n in tensors)
+    name = next(n for n in ("resid", "out", "logits", "given", "post", "q", "k", "v", "z") if n in tensors)
     whole = tensors[name]
     return [(whole[row, position] if whole.dim() > 2 else whole[flat], None)]
 

@@ -12,7 +12,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import moescope as ms
-from moescope.core.sites import ATTN_OUT, DENSE_POST, MLP_OUT, RESID_POST, RESID_PRE, SHARED_OUT, Site
+from moescope.core.sites import ATTN_OUT, DENSE_POST, MLP_IN, MLP_OUT, RESID_POST, RESID_PRE, SHARED_OUT, Site
 from moescope.probes.anatomy import find_anatomy
 from moescope.probes.families.tiny import build_tiny
 from moescope.probes.projections import down_projection, output_projection, widths
@@ -51,6 +51,7 @@ def test_names_of_tensors_are_those_of_the_contract(tiny_model: Callable[..., An
         RESID_POST: ["resid"],
         ATTN_OUT: ["out"],
         MLP_OUT: ["out"],
+        MLP_IN: ["given"],
         DENSE_POST: ["post"],
         SHARED_OUT: ["out"],
     }
@@ -73,6 +74,25 @@ def test_neurons_of_a_dense_mlp_are_its_activations_by_hand(tiny_model: Callable
             neurons = torch.nn.functional.silu(gate) * up
             torch.testing.assert_close(found[Site(layer, "mlp", DENSE_POST)], neurons)
             torch.testing.assert_close(found[Site(layer, "", MLP_OUT)], neurons @ block.mlp.down_proj.weight.T)
+
+
+def test_inputs_of_mlps_are_the_normed_stream_by_hand(tiny_model: Callable[..., Any]) -> None:
+    model = tiny_model("deepseek_v3")
+    found = collect(model)
+    for layer, block in enumerate(model.model.layers):
+        stream = found[Site(layer, "", RESID_PRE)] + found[Site(layer, "", ATTN_OUT)]
+        with torch.no_grad():
+            torch.testing.assert_close(
+                found[Site(layer, "mlp", MLP_IN)], block.post_attention_layernorm(stream), rtol=0, atol=0
+            )
+
+
+def test_experts_without_a_block_of_their_own_have_no_input_and_it_says_why() -> None:
+    model = build_tiny("gemma4_text")
+    live = ms.load(model)
+    assert Site(0, "mlp.1", MLP_IN) in live.sites
+    assert Site(0, "mlp", MLP_IN) not in live.sites
+    assert "lie right in the block" in stream_refusals(model, live.anatomy)[Site(0, "mlp", MLP_IN)]
 
 
 def test_neurons_before_gpt2s_transposed_projection_are_found(tiny_model: Callable[..., Any]) -> None:

@@ -194,6 +194,15 @@ def plant(
         beside("planted_sweeps").every_sweep(
             run, layers=len(plan.routers), n_experts=experts, sequences=len(plan.lengths)
         )
+        beside("planted_steering").plant_steering(store, run)
+        beside("planted_sae_measures").plant_sae_measures(run)
+        beside("planted_concepts").plant_concepts(run)
+        beside("planted_students").plant_students(run)
+        beside("planted_students").plant_circuit(run)
+        beside("planted_feature_experts").plant_feature_experts(
+            run, layer=max(len(plan.routers) - 1, 0), n_experts=max(experts, 1)
+        )
+        beside("planted_features").plant_features(run)
     ledger = {"site": "tokens", "expected": plan.tokens, "recorded": plan.tokens, "status": "complete", "detail": None}
     if status == "incomplete":
         ledger |= {"expected": plan.tokens + 7, "status": "short", "detail": "7 events are missing"}

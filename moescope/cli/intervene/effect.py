@@ -178,26 +178,29 @@ def _plan(
     seed: int,
 ) -> dict[str, Any]:
     """What would be done, once everything was checked."""
+    from moescope.effect_api import with_autoencoders
     from moescope.probes.edits.checks import check_intervention
     from moescope.probes.effects.controls import controls_for
     from moescope.probes.effects.rerouting import routing_frozen
     from moescope.probes.effects.sources import sources_of
     from moescope.store.store import Store
 
+    sources: dict[str, Any] = {}
     if path.exists():
         with Store(path, read_only=True) as store:
-            check_intervention(live, asked, sources=sources_of(asked, store))
+            sources = sources_of(asked, store, with_autoencoders(live, store, [asked]))
+            check_intervention(live, asked, sources=sources)
     else:
         check_intervention(live, asked)
     if decompose:
         routing_frozen(asked, live, "baseline")
-    drawn = controls_for(asked, live, draws=controls, seed=seed)
+    drawn = controls_for(asked, live, draws=controls, seed=seed, sources=sources)
     return {
         "model": repr(live),
         "store": str(path),
         "intervention": repr(asked),
         "controls": len(drawn.interventions),
-        "notes": " ".join(note for note in drawn.notes if "loads" not in note),
+        "notes": " ".join(note for note in drawn.notes if "loads" not in note and "how often" not in note),
         "corpus": corpus.name,
         "documents": corpus.facts().documents,
         "characters": corpus.facts().characters,

@@ -10,7 +10,16 @@ from moescope.core.edit import Edit, edit
 from moescope.core.edit_kinds.experts import as_tuple
 from moescope.core.sites import RESID_POST
 
-StreamSite = Literal["hook_resid_pre", "hook_resid_post", "hook_attn_out", "hook_mlp_out", "mlp.hook_post"]
+StreamSite = Literal[
+    "hook_resid_pre",
+    "hook_resid_post",
+    "hook_attn_out",
+    "hook_mlp_out",
+    "mlp.hook_post",
+    "mlp.hook_in",
+    "attn.hook_q",
+    "attn.hook_z",
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,7 +27,9 @@ class StreamEdit(Edit):
     """An edit of one stream of vectors.
 
     Attributes:
-        site: which: what the block is given or hands on, what attention or the MLP adds, or the neurons of a dense MLP.
+        site: which: what the block is given or hands on, what attention or the MLP adds, the neurons of a dense MLP, what the
+            MLP or the experts are given, or, heads laid end to end, queries as their projection gives them and head outputs
+            as the output projection is given them.
     """
 
     site: StreamSite = RESID_POST  # type: ignore[assignment]  # a constant of this value
@@ -29,7 +40,8 @@ class AlongVector(StreamEdit):
     """An edit along a direction.
 
     Attributes:
-        vector: as many numbers as the stream is wide: d_model; for the neurons of an MLP their number.
+        vector: as many numbers as the stream is wide: d_model; for the neurons of an MLP their number; for heads their number times
+            d_head.
     """
 
     vector: Sequence[float] = ()

@@ -9,19 +9,22 @@ from typing import Any, ClassVar, TypeVar
 
 import torch
 from jaxtyping import Float
-from torch import nn
 
 from moescope.core.edit_kinds.stream import AlongVector, StreamEdit
-from moescope.core.sites import DENSE_POST, RESID_POST, RESID_PRE, Site
-from moescope.probes.anatomy import Anatomy
+from moescope.core.sites import RESID_POST, RESID_PRE, Site
 from moescope.probes.block_outputs import contributions, why_no_stream
 from moescope.probes.edits.amounts import Amounts, written
 from moescope.probes.edits.now import Now
+from moescope.probes.edits.passages import HEADS, MLP_INPUT, NEURONS, PASSAGES, QUERIES, passage_at
 from moescope.probes.edits.step import Place, StreamStep
 from moescope.probes.foreign.taps import foreign_taps
-from moescope.probes.projections import down_projection, widths
 
-NEURONS = f"mlp.{DENSE_POST}"
+_NAMES = {
+    NEURONS: "dense MLP whose neurons",
+    MLP_INPUT: "MLP whose input",
+    QUERIES: "attention whose queries",
+    HEADS: "attention whose head outputs",
+}
 
 S = TypeVar("S", bound=StreamEdit)
 V = TypeVar("V", bound=AlongVector)
@@ -31,7 +34,7 @@ class SiteStep(StreamStep[S]):
     """A step at one stream of vectors.
 
     Attributes:
-        site: `hook_resid_pre`, `hook_resid_post`, `hook_attn_out`, `hook_mlp_out`, or `mlp.hook_post`, a dense MLP's neurons.
+        site: one of `moescope.core.edit_kinds.stream.StreamSite`.
     """
 
     any_strength: ClassVar[bool] = False  # whether it means something below 0 and over 1
@@ -120,34 +123,21 @@ def why_no_site(site: str, place: Place) -> str | None:
     """Why the stream cannot be changed at a site of a layer; None where it can."""
     if reason := why_closed(place):
         return reason
-    if site == NEURONS:
-        return (
-            None if neurons_at(place) is not None else f"block {place.layer} has no dense MLP whose neurons can be told"
-        )
+    if site in PASSAGES:
+        found = passage_at(place.model, place.anatomy, place.layer, site)
+        return None if found is not None else f"block {place.layer} has no {_NAMES[site]} can be told"
     known = contributions(place.model, place.anatomy, place.layer)
     if site in (RESID_PRE, RESID_POST) or Site(place.layer, "", site) in known:
         return None
     return f"what block {place.layer} adds at {site} passes no module"
 
 
-def neurons_at(place: Place) -> nn.Module | None:
-    """The projection that is given the neurons of a layer's dense MLP; None where there is none, or it cannot be told."""
-    return neuron_projection(place.model, place.anatomy, place.layer)
-
-
-def neuron_projection(model: nn.Module, anatomy: Anatomy, layer: int) -> nn.Module | None:
-    """The projection that ends the dense MLP of a layer."""
-    paths = (s.path for s in anatomy.sublayers if (s.layer, s.block, s.kind) == (layer, "mlp", "dense"))
-    return next((down_projection(model, path, anatomy.d_model) for path in paths), None)
-
-
 def width_at(site: str, place: Place) -> int | None:
     """How many channels a stream has; None where the site is not there."""
-    if site != NEURONS:
+    if site not in PASSAGES:
         return place.anatomy.d_model
-    end = None if why_closed(place) else neurons_at(place)
-    size = None if end is None else widths(end)
-    return None if size is None else size[0]
+    found = None if why_closed(place) else passage_at(place.model, place.anatomy, place.layer, site)
+    return None if found is None else found.width
 
 
 def why_closed(place: Place) -> str | None:

@@ -42,6 +42,11 @@ ONE_OF_EACH = [
     e.MaskHead(heads=[0, 3], how="uniform", layer=1),
     e.Skip(part="attn", layer=0),
     e.Patch(run="other", site="hook_resid_pre", positions="token:13"),
+    e.Splice(layer=2, site="mlp.experts.hook_out", sae="one", strength=0.5),
+    e.Latents(
+        layer=2, site="attn.hook_q", sae="one", latents=np.array([4, 1]), how="set", values=[3, 0.1], forced=True
+    ),
+    e.Descend(layer=2, sae="one", target=[abs(x) for x in VECTOR], steps=3, rate=0.25, keep=5),
 ]
 
 

@@ -74,8 +74,9 @@ def test_sites_hold_what_its_own_cache_holds(
             assert torch.equal(cache[site].flatten(), shown.flatten()), name
             if not (family == "deepseek_v3" and site.tensor == HEAD_Z):  # split into heads of another width
                 assert cache[site].shape in (shown.shape, (*ids.shape, shown.shape[-1])), name
-    # 4 sites of the stream and 5 of heads a layer (3 in latent attention), router logits or neurons; most by several names
-    per_layer = 8 if family == "deepseek_v3" else 10
+    # 4 sites of the stream and 5 of heads a layer (3 in latent attention), the input of the MLP, router logits or neurons; most
+    # by several names
+    per_layer = 9 if family == "deepseek_v3" else 11
     assert len(cache) - sum(s.tensor in OURS_ALONE for s in cache.sites) == per_layer * live.anatomy.n_layers
     assert compared >= 13 * live.anatomy.n_layers
 

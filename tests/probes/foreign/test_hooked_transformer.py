@@ -166,3 +166,32 @@ def test_its_settings_say_whose_model_it_is(hooked: Callable[..., Any]) -> None:
 
 def _fail(_site: Site, _tensors: dict[str, torch.Tensor]) -> None:
     raise RuntimeError("on the way")
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "attention_only"])
+def test_inputs_of_mlps_are_what_their_modules_are_given(
+    kind: str, hooked: Callable[..., Any], ids: torch.Tensor
+) -> None:
+    model = hooked(**KINDS[kind])
+    given: list[torch.Tensor] = []
+    hooks = [b.mlp.register_forward_pre_hook(lambda _module, inputs: given.append(inputs[0])) for b in model.blocks]
+    with torch.no_grad():
+        cache = run_with_cache(ms.load(model), ids, names_filter=lambda _: True)[1]
+    for hook in hooks:
+        hook.remove()
+    for layer in range(2):
+        assert torch.equal(cache[f"blocks.{layer}.mlp.hook_in"].flatten(), given[layer].flatten())
+
+
+def test_a_pass_stops_after_a_block(hooked: Callable[..., Any], ids: torch.Tensor) -> None:
+    from moescope.probes.forward import DeviceBatch
+    from moescope.probes.stopping import check_same, run_until
+
+    live = ms.load(hooked(**KINDS["dense"]))
+    batch = DeviceBatch(ids, torch.ones_like(ids, dtype=torch.bool))
+    sites = [Site(0, "", "hook_resid_post"), Site(0, "mlp", "hook_in"), Site(0, "attn", "hook_z")]
+    check_same(live, batch, sites, 0)
+    seen: list[Site] = []
+    with torch.no_grad(), tapped(live.module, live.anatomy, live.sites, lambda site, _: seen.append(site)):
+        run_until(live, batch, 0)
+    assert {site.layer for site in seen} == {0}

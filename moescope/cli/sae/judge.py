@@ -1,0 +1,153 @@
+"""`moescope sae judge`: autoencoders by the field's measures, beside controls."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from moescope.cli.output import as_json, facts, news, printable, table
+from moescope.cli.profile import Data, Device, Dtype, Json, LabelField, Revision, TextField, Trust
+from moescope.core.errors import InputError
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from moescope.core.result import Result
+
+_Store = Annotated[Path, typer.Option("--store", help="The store.")]
+_Sae = Annotated[
+    list[str],
+    typer.Option("--sae", help="Name of an autoencoder of the store; may be given again.", show_default=False),
+]
+_Model = Annotated[
+    str | None,
+    typer.Option(
+        "--model",
+        help='"demo", a Hub id, a folder, or a .gguf file.  [default: none, and no measure that needs one]',
+        show_default=False,
+    ),
+]
+_Run = Annotated[
+    str | None,
+    typer.Option("--run", help="The run to judge on.  [default: the one it was trained on]", show_default=False),
+]
+_Tokens = Annotated[int, typer.Option(min=1, help="Vectors judged at most, and as many again to fit controls on.")]
+_Live = Annotated[int, typer.Option(min=1, help="Tokens that the model runs over with each reconstruction, at most.")]
+_Ablations = Annotated[
+    int, typer.Option(min=0, help="Tokens at which up to four latents are taken out one at a time; 0 for none.")
+]
+_Controls = Annotated[int, typer.Option(min=1, help="Draws of the random controls.")]
+_All = Annotated[
+    bool, typer.Option("--all-documents", help="Judge and fit on all documents, also those that training saw.")
+]
+_Skip = Annotated[
+    int | None,
+    typer.Option(
+        min=0, help="First tokens of each sequence that do not count.  [default: as in training]", show_default=False
+    ),
+]
+_Force = Annotated[bool, typer.Option("--force", help="Judge it on another model than it was trained for.")]
+_SHOWN = (
+    "fvu", "delta_ce", "kl", "flips", "loss_recovered_zero", "loss_recovered_mean", "cosine", "l0", "dead_share", "dense_share",
+    "max_cosine", "probe_loss", "probe_auc", "absorption", "splitting", "ablation_sparsity",
+)  # fmt: skip
+
+
+def judge(
+    sae: _Sae,
+    store: _Store = Path("runs.duckdb"),
+    model: _Model = None,
+    run: _Run = None,
+    data: Data = None,
+    tokens: _Tokens = 20_000,
+    live_tokens: _Live = 4_096,
+    ablations: _Ablations = 32,
+    controls: _Controls = 5,
+    all_documents: _All = False,
+    skip_first: _Skip = None,
+    force: _Force = False,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    revision: Revision = None,
+    trust_remote_code: Trust = False,
+    text_field: TextField = "text",
+    label_field: LabelField = "label",
+    seed: Annotated[int, typer.Option(min=0, help="Of samples, controls and resampling.")] = 0,
+    json: Json = False,
+) -> None:
+    """Measure how well autoencoders write vectors again, and what a model loses by it, beside PCA and random controls.
+
+    Example: moescope sae judge --store runs.duckdb --sae topk-512 --model demo
+    """
+    from moescope.analysis_api import analyze
+    from moescope.probes.corpus import Corpus
+    from moescope.probes.loading import load
+    from moescope.sae.judging.judge import judge as measure
+    from moescope.sae.loading import load_autoencoder
+    from moescope.store.store import Store
+
+    if not store.exists():
+        raise InputError(f"there is no store at {store}", fix="name it with --store")
+    if run is not None and data is not None:
+        raise InputError("a run and a corpus both say what to judge on", fix="give --run or --data, not both")
+    corpus = None if data is None else Corpus.load(data, text_field=text_field, label_field=label_field)
+    live = None
+    if model is not None:
+        live = load(model, device=device, dtype=dtype, revision=revision, trust_remote_code=trust_remote_code)
+    with Store(store) as opened:
+        asked = [load_autoencoder(opened, name, device="cpu" if live is None else live.device) for name in sae]
+        answers = []
+        for autoencoder in asked:
+            found = measure(
+                autoencoder, live, opened, run=run, corpus=corpus, tokens=tokens, live_tokens=live_tokens,
+                ablations=ablations, controls=controls, held_out=not all_documents, skip_first=skip_first, force=force, seed=seed,
+                progress=not json,
+            )  # fmt: skip
+            answer = analyze(found.run, "sae_quality", allow_incomplete=True, sae=found.sae_id)
+            answers.append((answer, found.notes))
+    if json:
+        as_json([{**answer.as_json(), "notes": [*answer.notes, *notes]} for answer, notes in answers])
+        return
+    for answer, notes in answers:
+        _print(answer)
+        for note in notes:
+            news(note)
+
+
+def _print(result: Result) -> None:
+    """The finding, and each measure of the autoencoder beside what its controls give."""
+    frame = result.df()
+    frame = frame[frame["group_kind"] == "all"]
+    conditions = [
+        name
+        for name in ("pca_topk", "pca", "random_decoder", "random_direction", "shuffled", "mean", "zero")
+        if _has(frame, name)
+    ]
+    typer.echo(f"{printable(result.title)}\n{printable(result.subtitle())}\n")
+    rows = []
+    for metric in _SHOWN:
+        part = frame[frame["metric"] == metric].set_index("condition")
+        if "sae" in part.index:
+            own = part.loc["sae"]
+            span = _span(own["ci_low"], own["ci_high"])
+            others = [_number(part["value"].get(name)) for name in conditions]
+            rows.append([metric, _number(own["value"]), span, *others, str(own["unit"])])
+    table(["measure", "autoencoder", "95 % interval", *conditions, "unit"], rows)
+    typer.echo("")
+    facts({name: text for name, text in result.facts().items() if name in ("Sample", "Interval", "Notes")})
+
+
+def _has(frame: pd.DataFrame, condition: str) -> bool:
+    return bool((frame["condition"] == condition).any())
+
+
+def _number(value: Any) -> str:
+    return "—" if value is None or not math.isfinite(value) else f"{value:,.4g}"
+
+
+def _span(low: Any, high: Any) -> str:
+    known = all(bound is not None and math.isfinite(bound) for bound in (low, high))
+    return f"{low:,.3g} to {high:,.3g}" if known else "—"

@@ -1,0 +1,116 @@
+"""`moescope sae study`: from text to the features of an autoencoder, in one command."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from moescope.cli.output import as_json, facts, news, printable
+from moescope.cli.profile import (
+    Data,
+    Device,
+    Dtype,
+    Json,
+    LabelField,
+    Model,
+    Report,
+    Revision,
+    StorePath,
+    TextField,
+    Trust,
+    check_report,
+)
+from moescope.core.errors import InputError
+
+_Site = Annotated[str, typer.Option(help="Where: blocks.3.hook_mlp_out, …", show_default=False)]
+_Specs = Annotated[
+    list[str],
+    typer.Option(
+        "--spec",
+        help="What to train, form:setting=value,…: topk:d=4096,k=32. Several are trained in one pass over the vectors.",
+    ),
+]
+_Name = Annotated[
+    str, typer.Option(help="Name of the run, and of the autoencoders. What is there already is taken up again.")
+]
+_Tokens = Annotated[
+    str | None, typer.Option(help="Tokens to record: 500k, 2M, …  [default: the whole corpus]", show_default=False)
+]
+_Vectors = Annotated[
+    int | None,
+    typer.Option(min=1, help="Vectors to train on, repeats included.  [default: every one once]", show_default=False),
+]
+_Judged = Annotated[int, typer.Option(min=100, help="Held-out tokens that each autoencoder is judged on.")]
+
+
+def study(
+    model: Model,
+    site: _Site,
+    data: Data = None,
+    store: StorePath = Path("runs.duckdb"),
+    name: _Name = "study",
+    spec: _Specs = ["topk"],  # noqa: B006  typer reads it, nothing changes it
+    tokens: _Tokens = None,
+    vectors: _Vectors = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Sequences a forward pass.")] = 8,
+    max_length: Annotated[int, typer.Option(min=8, help="Tokens of the longest sequence.")] = 512,
+    judged_tokens: _Judged = 20_000,
+    report: Report = None,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    revision: Revision = None,
+    trust_remote_code: Trust = False,
+    text_field: TextField = "text",
+    label_field: LabelField = "label",
+    seed: Annotated[int, typer.Option(help="Of everything random.")] = 0,
+    json: Json = False,
+) -> None:
+    """Record vectors, train autoencoders, judge them, read their features, and join these to the experts that write them.
+
+    Example: moescope sae study demo --site blocks.3.hook_mlp_out --spec topk:d=1024,k=16 --store runs.duckdb --report sae.html
+    """
+    from moescope.cli.sae.record import read_count
+    from moescope.probes.corpus import Corpus
+    from moescope.probes.loading import load
+    from moescope.report.write import write_report
+    from moescope.sae_study import study as perform
+    from moescope.store.store import Store
+
+    check_report(report)
+    if not store.parent.is_dir():
+        raise InputError(f"cannot make a store at {store}", found="no such folder", fix=f"mkdir -p {store.parent}")
+    wanted = None if tokens is None else read_count(tokens)
+    if data is None:
+        news("no --data: using the bundled labelled corpus")
+    corpus = Corpus.load(data or "demo", text_field=text_field, label_field=label_field)
+    live = load(model, device=device, dtype=dtype, revision=revision, trust_remote_code=trust_remote_code)
+    with Store(store) as opened:
+        done = perform(
+            live, corpus, opened, site=site, specs=spec, name=name, tokens=wanted, vectors=vectors, batch_size=batch_size,
+            max_length=max_length, judged_tokens=judged_tokens, seed=seed, progress=not json, tell=news,
+        )  # fmt: skip
+        if report is not None:
+            write_report(done.run, report)
+            news(f"saved {report}")
+        rows = [dict(autoencoder.row) for autoencoder in done.autoencoders]
+        answers = [result.as_json() for result in done.results] if json else []
+        complete = done.run.complete
+    _tell(rows, answers, done.results, json=json)
+    if not complete:
+        news("the run is incomplete: the view gaps of the store tells what is missing (SELECT * FROM gaps)")
+        raise typer.Exit(3)
+
+
+def _tell(rows: list[dict[str, Any]], answers: list[Any], results: Any, *, json: bool) -> None:
+    """The autoencoders as a table, and each finding as a line."""
+    from moescope.cli.sae.train import show_saes
+
+    if json:
+        as_json({"autoencoders": rows, "results": answers})
+        return
+    show_saes(rows)
+    for result in results:
+        typer.echo(f"\n{printable(result.title)}\n{printable(result.subtitle())}")
+        facts({k: v for k, v in result.facts().items() if k in ("Sample", "Interval", "Chance level", "Notes")})
