@@ -13,12 +13,14 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 from moescope.analysis_api import analyze
+from moescope.core.errors import InputError
 from moescope.core.result import Result
 from moescope.effect_api import with_autoencoders, with_notes
 from moescope.sae.circuits import circuit
 from moescope.sae.concepts import describe as describing
 from moescope.sae.concepts import sparse_probes as probing
 from moescope.sae.experts import ablate_writers as writers
+from moescope.sae.experts import compare_neurons as beside
 from moescope.sae.experts import feature_experts as joining
 from moescope.sae.experts import sparsity
 from moescope.sae.judging import judge as judging
@@ -73,18 +75,27 @@ def _given_run(outcome: Any, given: Given) -> tuple[Run, dict[str, Any]]:
     return given["run"], {"sae": given["autoencoder"].name}
 
 
-judge = _answering("sae_quality", lambda found, _: (found.run, {"sae": found.name}), judging.judge)
+def _stored(run: Run | None) -> Run:
+    if run is None:
+        raise InputError("an answer comes from a store", found="none", fix="pass the store that the circuit is kept in")
+    return run
+
+
+judge = _answering("sae_quality", lambda found, _: (found.run, {"sae": found.sae_id}), judging.judge)
 read = _answering("features", _given_run, reading.read_features)
 associate = _answering("feature_association", _given_run, reading.associate_features)
 feature_experts = _answering("expert_features", _given_run, joining.feature_experts)
 ablate_writers = _answering("feature_writers", _given_run, writers.ablate_writers)
+compare_neurons = _answering("neurons_against_sae", _given_run, beside.compare_neurons)
 expert_sparsity = _answering("expert_sparsity_routing", lambda _, given: (given["run"], {}), sparsity.expert_sparsity)
 sparse_probes = _answering("sparse_probes", lambda _, given: (given["run"], {}), probing.sparse_probes)
 describe = _answering("descriptions", lambda _, given: (given["run"], {}), describing.describe)
 mlp_students = _answering(
     "mlp_students", lambda found, _: (found.run, {"layer": found.layer, "block": found.block}), studying.mlp_students
 )
-head_circuit = _answering("head_circuit", lambda found, _: (found.run, {"task": found.task}), circuit.head_circuit)
+head_circuit = _answering(
+    "head_circuit", lambda found, _: (_stored(found.run), {"task": found.task}), circuit.head_circuit
+)
 
 
 @functools.wraps(dose.dose_response)

@@ -13,6 +13,12 @@ def require_predictions(run: Run) -> None:
     found = run.store.fetch("SELECT 1 FROM tokens WHERE run_id = ? AND nll IS NOT NULL LIMIT 1", [run.run_id])
     if found:
         return
+    if (stop := run.info["settings"].get("stop_after")) is not None:
+        raise InputError(
+            f"run {run.name!r} has no NLL",
+            found=f"passes that stopped after block {stop}",
+            fix="record the texts with whole passes (leave out stop_after)",
+        )
     if run.store.fetch(_LONGEST, [run.run_id])[0][0] > 1:
         raise InputError(
             f"run {run.name!r} has no NLL",

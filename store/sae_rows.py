@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import duckdb
 import pyarrow as pa
@@ -15,7 +15,7 @@ from moescope.store.transaction import transaction
 if TYPE_CHECKING:
     from moescope.store.store import Store
 
-Rows = pa.Table | Sequence[Mapping[str, Any]]
+Rows: TypeAlias = "pa.Table | Sequence[Mapping[str, Any]]"
 
 
 def write_rows(store: Store, tables: Mapping[str, Rows], *, over: Sequence[tuple[str, Mapping[str, Any]]] = ()) -> None:

@@ -579,8 +579,10 @@ TABLES: tuple[Table, ...] = (
             _RUN,
             _LAYER,
             _BLOCK,
-            Column("student", "VARCHAR", "moe, dense, sae, linear or mean"),
-            Column("inputs", "VARCHAR", "real, or gaussian: of the same mean and covariance"),
+            Column("student", "VARCHAR", "moe, dense, linear or mean"),
+            Column(
+                "inputs", "VARCHAR", "real; gaussian, of the same mean and covariance; gaussian − real for differences"
+            ),
             Column("experts", "INTEGER", "single-neuron experts it chooses from; null where it has none"),
             Column("active", "INTEGER", "neurons active on a token"),
             Column("share", "DOUBLE", "active parameters ÷ those of the MLP"),

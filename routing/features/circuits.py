@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -149,11 +149,12 @@ def _agreement(heads: pd.DataFrame, known_from: float, draws: int, seed: int) ->
     weights = document_weights(len(told), draws=draws, seed=seed).astype(np.float64)
     whole = np.ones((1, len(told)))
     rows = []
-    for metric, of, null in (
+    measures: tuple[tuple[str, Callable[[Floats], Floats], float], ...] = (
         ("AUC", lambda w: _auc(counts, truth, w), 0.5),
         ("precision", lambda w: _share(w, member & truth, member), float(truth.mean())),
         ("recall", lambda w: _share(w, member & truth, truth), float(member.mean())),
-    ):
+    )
+    for metric, of, null in measures:
         value, spread = float(of(whole)[0]), of(weights)
         finite = spread[np.isfinite(spread)]
         low, high = np.quantile(finite, [0.025, 0.975]) if len(finite) else (np.nan, np.nan)

@@ -154,6 +154,7 @@ def _title(frame: pd.DataFrame, place: str) -> str:
         return f"Of students of the MLP of {place}, {_name(fvu)} leaves least: FVU {fvu['value']:.3f} on {_INPUTS[fvu['inputs']]}"
     best = real.sort_values("value", ascending=False).iloc[0]
     fvu = _same(frame, best, "fvu", inputs)
+    assert fvu is not None  # every student that has a gain has an FVU
     text = (
         f"MLP of {place}, {_INPUTS[inputs]}: with {int(best['active'])} active neurons a {_name(best)} leaves {fvu['value']:.3f} of the "
         f"variance, a dense student {fvu['value'] + best['value']:.3f} (gain {_signed(best)})"

@@ -98,6 +98,6 @@ def write_cuts(store: Store, run: Run, ablation: Ablation, first: int, seed: int
 
 
 def _effect_row(metric: str, sums: Floats, seed: int) -> EffectRow:
-    value, low, high = (float(v) for v in bootstrap_ratio(sums, np.ones(len(sums)), seed=seed))
-    bounds = (None if np.isnan(bound) else bound for bound in (low, high))
-    return EffectRow("all", None, metric, value, *bounds, len(sums), _UNIT)
+    value, lower, upper = (float(v) for v in bootstrap_ratio(sums, np.ones(len(sums)), seed=seed))
+    low, high = (None if np.isnan(bound) else bound for bound in (lower, upper))
+    return EffectRow("all", None, metric, value, low, high, len(sums), _UNIT)

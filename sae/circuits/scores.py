@@ -52,9 +52,10 @@ def code_scores(
     random = np.random.default_rng(seed)
     sides = np.stack([random.permutation(positive) for _ in range(shuffles)]).astype(np.float32)
     shuffled = _only(seen, owner, sides, codes.shape[1])
-    p = permutation_p(count.astype(np.float64), shuffled.astype(np.float64))
-    share = np.exp(count / positive.sum())
-    return CodeScores(count, share / share.sum(), shuffled.mean(0), p, benjamini_hochberg(p))
+    p: Floats = permutation_p(count.astype(np.float64), shuffled.astype(np.float64)).astype(np.float64)
+    share = np.exp(count.astype(np.float64) / positive.sum())
+    expected = shuffled.mean(0, dtype=np.float64)
+    return CodeScores(count, share / share.sum(), expected, p, benjamini_hochberg(p).astype(np.float64))
 
 
 def _seen(codes: NDArray[np.int64]) -> tuple[NDArray[np.float32], NDArray[np.int64]]:

@@ -30,7 +30,9 @@ def taken_out(kind: Described, unit: int, *, sae: Autoencoder | None, layer: int
     Raises:
         InputError: neurons, which no edit takes out one by one inside experts.
     """
-    from moescope.edits import Ablate, Latents, MaskHead
+    from moescope.core.edit_kinds.experts import Ablate
+    from moescope.core.edit_kinds.features import Latents
+    from moescope.core.edit_kinds.stream import MaskHead
 
     if kind == "latent":
         assert sae is not None

@@ -163,7 +163,7 @@ def _trained(
             if step % _LOOK == 0 and not bool(loss.isfinite()):
                 return None
             optimizer.zero_grad(set_to_none=True)
-            loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it without types
+            loss.backward()
             optimizer.step()
             schedule.step()
             tick(size)
@@ -173,7 +173,7 @@ def _trained(
 
 @torch.no_grad()
 def _errors(student: nn.Module, part: tuple[torch.Tensor, torch.Tensor]) -> NDArray[np.float64]:
-    pieces = zip(part[0].split(4096), part[1].split(4096), strict=True)
+    pieces = zip(torch.split(part[0], 4096), torch.split(part[1], 4096), strict=True)
     found: NDArray[np.float64] = torch.cat([_squared(student(x), y) for x, y in pieces]).numpy()
     return found
 

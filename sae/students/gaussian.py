@@ -39,4 +39,5 @@ def gaussian_like(
     values, vectors = torch.linalg.eigh(covariance.double())
     generator = torch.Generator().manual_seed(seed)
     noise = torch.randn(count, len(mean), generator=generator, dtype=torch.float64)
-    return (mean.double() + (noise * values.clamp(min=0).sqrt()) @ vectors.T).float()
+    drawn: torch.Tensor = (mean.double() + (noise * values.clamp(min=0).sqrt()) @ vectors.T).float()
+    return drawn

@@ -58,7 +58,7 @@ class Units:
         weights = document_weights(len(names), draws=draws, seed=seed).astype(np.float64)
         if len(names) < 2:
             weights = np.full_like(weights, np.nan)
-        return cls(place, np.bincount(place, spread, len(names)), weights)
+        return cls(place, np.bincount(place, spread, len(names)).astype(np.float64), weights)
 
     def fvu(self, errors: Floats, *, seed: int = 0) -> Estimate:
         """Σ squared errors ÷ Σ spread, the mean over students of several seeds.
@@ -97,7 +97,7 @@ def agreement(first: NDArray[np.int64], second: NDArray[np.int64], weights: Floa
     width = int(b.max()) + 1
     joint = np.bincount(a * width + b, weight)
     parts = (np.bincount(a, weight), np.bincount(b, weight), joint)
-    one, two, both = (_entropy(part) for part in parts)
+    one, two, both = (_entropy(part.astype(np.float64)) for part in parts)
     return float(2 * (one + two - both) / (one + two)) if one + two > 0 else 0.0
 
 

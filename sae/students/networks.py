@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from jaxtyping import Float, Int
@@ -11,7 +12,7 @@ from torch.nn import functional as F
 
 from moescope.core.errors import InputError
 
-ACTIVATIONS = {"gelu": F.gelu, "relu": F.relu}
+ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {"gelu": F.gelu, "relu": F.relu}
 _SMALL = 0.01  # of first output weights: what an expert says before it has learnt anything is noise to the others
 
 

@@ -121,6 +121,7 @@ class Plan:
         vectors: site → vectors kept beside the store.
         head_layers: layers with attention heads, with scores of every protocol.
         effects: interventions measured against the run, with controls.
+        features: autoencoders, their features, sparse probes, descriptions, students of MLPs and a circuit of heads.
     """
 
     lengths: Sequence[int]
@@ -138,6 +139,7 @@ class Plan:
     vectors: Mapping[str, Vectors] = field(default_factory=dict)
     head_layers: int = 0
     effects: int = 0
+    features: bool = False
 
     @property
     def tokens(self) -> int:
@@ -194,13 +196,16 @@ def plant(
         beside("planted_sweeps").every_sweep(
             run, layers=len(plan.routers), n_experts=experts, sequences=len(plan.lengths)
         )
+    if plan.features:
         beside("planted_steering").plant_steering(store, run)
         beside("planted_sae_measures").plant_sae_measures(run)
         beside("planted_concepts").plant_concepts(run)
         beside("planted_students").plant_students(run)
         beside("planted_students").plant_circuit(run)
         beside("planted_feature_experts").plant_feature_experts(
-            run, layer=max(len(plan.routers) - 1, 0), n_experts=max(experts, 1)
+            run,
+            layer=max(len(plan.routers) - 1, 0),
+            n_experts=min((router.n_experts for router in plan.routers), default=1),
         )
         beside("planted_features").plant_features(run)
     ledger = {"site": "tokens", "expected": plan.tokens, "recorded": plan.tokens, "status": "complete", "detail": None}
@@ -261,7 +266,7 @@ def everything(*, layers: int, n_experts: int, labels: Sequence[str | None], tok
     return {
         "lengths": lengths, "labels": labels, "nll": generator.exponential(2, total), "routers": routers,
         "streams": streams, "experts": experts, "vectors": vectors,
-        "head_layers": layers, "effects": 2, "vocabulary": {i: f" t{i}".encode() for i in range(50)},
+        "head_layers": layers, "effects": 2, "features": True, "vocabulary": {i: f" t{i}".encode() for i in range(50)},
     }  # fmt: skip
 
 

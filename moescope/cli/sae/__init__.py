@@ -6,12 +6,14 @@ import typer
 
 from moescope.cli.sae.circuit import circuit
 from moescope.cli.sae.delete import delete
+from moescope.cli.sae.describe import describe
 from moescope.cli.sae.experts import experts
 from moescope.cli.sae.export_ import export
 from moescope.cli.sae.features import features
 from moescope.cli.sae.import_ import import_
 from moescope.cli.sae.judge import judge
 from moescope.cli.sae.list_ import list_
+from moescope.cli.sae.probe import probe
 from moescope.cli.sae.read import read
 from moescope.cli.sae.record import record
 from moescope.cli.sae.steer import steer
@@ -34,6 +36,8 @@ group.command()(delete)
 group.command()(judge)
 group.command()(read)
 group.command()(features)
+group.command()(probe)
+group.command()(describe)
 group.command()(experts)
 group.command()(steer)
 group.command()(students)

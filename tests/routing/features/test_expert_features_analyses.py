@@ -18,7 +18,7 @@ Plant = Callable[..., Run]
 
 @pytest.fixture(scope="module")
 def run(plant: Plant, planted: ModuleType) -> Run:
-    made = plant(**planted.everything(layers=3, n_experts=6, labels=["a", "b"] * 3))
+    made = plant(**planted.everything(layers=3, n_experts=6, labels=["a", "b"] * 3) | {"features": False})
     planted.beside("planted_feature_experts").plant_feature_experts(made)
     return made
 
@@ -125,7 +125,7 @@ def test_neurons_stand_beside_latents_and_rotated_neurons(run: Run) -> None:
 
 
 def test_neurons_that_were_not_read_are_asked_for(plant: Plant, planted: ModuleType) -> None:
-    made = plant(**planted.everything(layers=3, n_experts=6, labels=["a"] * 4))
+    made = plant(**planted.everything(layers=3, n_experts=6, labels=["a"] * 4) | {"features": False})
     beside = planted.beside("planted_feature_experts")
     beside.plant_feature_experts(made)
     made.store.connection.execute("DELETE FROM features WHERE run_id = ? AND sae_id <> ?", [made.run_id, beside.SAE_ID])
