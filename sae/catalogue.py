@@ -55,7 +55,11 @@ def saes_folder(store: Path) -> Path:
 
 
 def sae_rows(store: Store) -> list[dict[str, Any]]:
-    """Every row of `saes`, the newest last, JSON columns read."""
+    """Every row of `saes`, the newest last, JSON columns read.
+
+    Args:
+        store: to look in.
+    """
     found = store.sql("SELECT * FROM saes ORDER BY created_at, name").to_arrow_table().to_pylist()
     return [_read(row) for row in found]
 
@@ -140,6 +144,11 @@ def add_sae(store: Store, row: Mapping[str, Any], write: Callable[[Path], Mappin
 def rename_sae(store: Store, name: str, new: str) -> None:
     """Give an autoencoder another name.
 
+    Args:
+        store: open for writing.
+        name: of the autoencoder, or its id.
+        new: the name it gets.
+
     Raises:
         InputError: there is none of that name, the new one is taken, or the store is open for reading only.
     """
@@ -187,6 +196,11 @@ def delete_saes(store: Store, names: Sequence[str]) -> DeletedSaes:
 
 def export_sae(store: Store, name: str, folder: Path) -> list[Path]:
     """Copy an autoencoder's files into a folder of its own, which SAELens opens as it is; gives the files.
+
+    Args:
+        store: that holds it.
+        name: of the autoencoder, or its id.
+        folder: to be made.
 
     Raises:
         InputError: there is none of that name, or the folder is there already.

@@ -23,6 +23,7 @@ from moescope.sae.autoencoder import Autoencoder
 from moescope.sae.belonging import check_belongs
 from moescope.sae.catalogue import CONFIG, WEIGHTS, add_sae, check_files, folder_of, free_sae_name, sae_row
 from moescope.sae.hook_names import sites_of_metadata
+from moescope.sae.saelens import need_saelens
 
 if TYPE_CHECKING:
     from moescope.probes.live_model import LiveModel
@@ -274,6 +275,7 @@ def _check_folder(path: Path) -> None:
 
 def _opened(path: Path, device: str | torch.device) -> Any:
     """The module in a folder, as SAELens reads it; what it cannot read explained."""
+    need_saelens()
     from sae_lens import SAE
 
     told = _version_of(path)
@@ -314,6 +316,7 @@ def _version_of(path: Path) -> dict[str, Any]:
 
 
 def _fetched(release: str, sae_id: str, device: str | torch.device) -> Any:
+    need_saelens()
     from sae_lens import SAE
     from sae_lens.loading.pretrained_saes_directory import get_pretrained_saes_directory
 

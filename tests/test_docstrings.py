@@ -12,10 +12,10 @@ import pytest
 
 import moescope
 
-PACKAGES = ("moescope.core", "moescope.store", "moescope.probes", "moescope.routing", "moescope.report")
+PACKAGES = ("moescope.core", "moescope.store", "moescope.probes", "moescope.routing", "moescope.sae", "moescope.report")
 ALONE = (
     "moescope", "moescope.analysis_api", "moescope.contrast_api", "moescope.edit_page", "moescope.edits",
-    "moescope.effect_api", "moescope.phenomena_api", "moescope.sweep_api",
+    "moescope.effect_api", "moescope.phenomena_api", "moescope.sae_api", "moescope.sae_study", "moescope.sweep_api",
 )  # fmt: skip
 LEFT_OUT = "moescope.probes.demo"  # scripts that rebuild the bundled model from Debian packages
 

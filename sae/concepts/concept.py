@@ -61,12 +61,20 @@ def of_token_class(name: str) -> Concept:
 
 
 def of_next_class(name: str) -> Concept:
-    """The token that follows is of this class."""
+    """The token that follows is of this class.
+
+    Args:
+        name: of the class, as in the table `tokens`.
+    """
     return Concept(_NEXT + name, lambda tokens: tokens.next_class == name)
 
 
 def of_token_ids(name: str, ids: Collection[int]) -> Concept:
     """The token is one of these ids.
+
+    Args:
+        name: what the concept is called.
+        ids: token ids.
 
     Example:
         >>> of_token_ids("vowels", [1, 5]).name

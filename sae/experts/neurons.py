@@ -239,6 +239,10 @@ def neurons_as_features(
 def register_neurons(store: Store, neurons: ExpertNeurons) -> None:
     """Put the row of a layer's neurons into `saes`, so that analyses find them by name; it has no files and no date.
 
+    Args:
+        store: open for writing.
+        neurons: from `neurons_as_features`.
+
     Raises:
         InputError: the store is open for reading only.
     """

@@ -17,6 +17,7 @@ from moescope.core.sites import Site
 from moescope.sae.autoencoder import Autoencoder
 from moescope.sae.catalogue import check_sae_names, free_sae_name
 from moescope.sae.loading import load_autoencoder
+from moescope.sae.saelens import need_saelens
 from moescope.sae.training.checkpoints import Checkpoint, Checkpoints
 from moescope.sae.training.keeping import Place, keep
 from moescope.sae.training.loop import Diverged, Ended, fit
@@ -100,6 +101,7 @@ def train(
         >>> with ms.Store("runs.duckdb") as store:  # doctest: +SKIP
         ...     train(store.run("base"), store, "topk:d=4096,k=32", site="blocks.3.hook_resid_post")
     """
+    need_saelens()
     if store.read_only:
         raise InputError(f"{store.path} is open for reading only", fix="open it with Store(path)")
     work = _prepared(

@@ -20,7 +20,7 @@ from moescope.store.store import Store
 
 Cli = Callable[..., Any]
 COMMANDS = (
-    "plan", "profile", "analyze", "phenomena", "intervene", "runs", "import", "export", "merge", "dashboard", "doctor",
+    "plan", "profile", "analyze", "phenomena", "intervene", "sae", "runs", "import", "export", "merge", "dashboard", "doctor",
 )  # fmt: skip
 PROGRAM = str(Path(sys.executable).parent / "moescope")
 HOSTILE = ("[/red]", "[bold]x[/bold]", "\x1b[31mred\x07", "\u202egnp.exe", "a\nb", "日本語 🧪", "<script>", "%s {x}")

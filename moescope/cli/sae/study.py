@@ -42,6 +42,10 @@ _Vectors = Annotated[
     int | None,
     typer.Option(min=1, help="Vectors to train on, repeats included.  [default: every one once]", show_default=False),
 ]
+_MaxNorm = Annotated[
+    float | None,
+    typer.Option(min=0, help="Leave out vectors of more than so many times the median norm.", show_default=False),
+]
 _Judged = Annotated[int, typer.Option(min=100, help="Held-out tokens that each autoencoder is judged on.")]
 
 
@@ -54,6 +58,7 @@ def study(
     spec: _Specs = ["topk"],  # noqa: B006  typer reads it, nothing changes it
     tokens: _Tokens = None,
     vectors: _Vectors = None,
+    max_norm_ratio: _MaxNorm = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Sequences a forward pass.")] = 8,
     max_length: Annotated[int, typer.Option(min=8, help="Tokens of the longest sequence.")] = 512,
     judged_tokens: _Judged = 20_000,
@@ -88,7 +93,8 @@ def study(
     live = load(model, device=device, dtype=dtype, revision=revision, trust_remote_code=trust_remote_code)
     with Store(store) as opened:
         done = perform(
-            live, corpus, opened, site=site, specs=spec, name=name, tokens=wanted, vectors=vectors, batch_size=batch_size,
+            live, corpus, opened, site=site, specs=spec, name=name, tokens=wanted, vectors=vectors,
+            max_norm_ratio=max_norm_ratio, batch_size=batch_size,
             max_length=max_length, judged_tokens=judged_tokens, seed=seed, progress=not json, tell=news,
         )  # fmt: skip
         if report is not None:
