@@ -78,7 +78,7 @@ def sparse_probes(
     dense: bool = True,
     train_share: float = 0.7,
     tokens: int = 10_000,
-    skip: int = 1,
+    skip_first: int = 1,
     least: int = 10,
     controls: int = 3,
     draws: int = 500,
@@ -114,7 +114,7 @@ def sparse_probes(
         train_share: of the documents (of each label). An autoencoder that was trained on this run is tested on the
             documents it was not trained on, and no others.
         tokens: read at most, those of smallest hash.
-        skip: leave the first positions of every sequence out, whose activations may be massive. Special tokens are too.
+        skip_first: leave so many first positions of every sequence out, whose activations may be massive. Special tokens are too.
         least: tokens of a concept, and of its contrary, that either part must have; always of two documents or more.
         controls: permutations, and draws of random units.
         draws: bootstrap resamples of the test documents.
@@ -135,9 +135,11 @@ def sparse_probes(
         ...     found.concepts
         ('digits', 'en')
     """
-    rankings, ks = _checked(ranking, k, tokens=tokens, least=least, draws=draws, skip=skip, controls=controls)
+    rankings, ks = _checked(
+        ranking, k, tokens=tokens, least=least, draws=draws, skip_first=skip_first, controls=controls
+    )
     table = read_tokens(run)
-    table = table.rows((table.position >= skip) & ~table.special)
+    table = table.rows((table.position >= skip_first) & ~table.special)
     asked = read_concepts(concepts, table)
     if level == "document" and (wrong := [one.name for one in asked if not one.of_documents]):
         raise InputError(
@@ -186,7 +188,7 @@ def _checked(
     ks = sorted({int(one) for one in ([k] if isinstance(k, int) else k)})
     if not ks or ks[0] < 1:
         raise InputError("k counts units", expected="whole numbers from 1 on", found=f"{k!r}")
-    lowest = {"tokens": 4, "least": 2, "draws": 2, "skip": 0, "controls": 1}
+    lowest = {"tokens": 4, "least": 2, "draws": 2, "skip_first": 0, "controls": 1}
     for name, value in counts.items():
         if value < lowest[name]:
             raise InputError(f"{name} cannot be {value}", expected=f"{lowest[name]} or more")

@@ -80,7 +80,7 @@ def ablate_writers(
     documents: Documents = "held_out",
     tokens: int | None = 10_000,
     least_active: int = 20,
-    first: int | None = None,
+    skip_first: int | None = None,
     draws: int = 1000,
     batch_size: int = 8,
     seed: int = 0,
@@ -108,7 +108,7 @@ def ablate_writers(
         controls: draws of matched experts.
         layer: of the writers; None for the nearest before the autoencoder's site.
         how: in which way.
-        documents, tokens, least_active, first: as in `feature_experts`; by default about 10,000 tokens, since every latent takes
+        documents, tokens, least_active, skip_first: as in `feature_experts`; by default about 10,000 tokens, since every latent takes
             1 + `controls` passes.
         draws, seed: of the resampling of documents, and of the controls.
         batch_size: sequences a forward pass.
@@ -139,7 +139,7 @@ def ablate_writers(
         raise InputError(f"no expert writes into {subject.written_at}", fix="take an autoencoder behind a router")
     at = sides[0]
     text = run_text(run, autoencoder, documents=documents, tokens=tokens)
-    begin = first_position(autoencoder) if first is None else first
+    begin = first_position(autoencoder) if skip_first is None else skip_first
     with claimed(model.module, "ablation of writers"):
         walk = Walk(model, subject, text, [at], [], begin, batch_size, progress)
         sums = whole_sums(walk, {"writes": subject.directions})

@@ -69,7 +69,7 @@ def feature_experts(
     strongest: int = 40,
     encoder: bool = False,
     least_active: int = 20,
-    first: int | None = None,
+    skip_first: int | None = None,
     draws: int = 500,
     others: int = 64,
     batch_size: int = 8,
@@ -110,7 +110,7 @@ def feature_experts(
         top, strongest: which pairs are kept.
         encoder: measure `writes_encoder` too.
         least_active: latents active on fewer tokens, or in a single document, are left out.
-        first: positions before it are left out, as massive activations stand there; None for as many as training left out.
+        skip_first: leave out so many first tokens of each sequence, as massive activations stand there; None for as many as training left out.
         draws: bootstrap resamples of documents.
         others: latents of the null.
         batch_size: sequences a forward pass.
@@ -134,7 +134,7 @@ def feature_experts(
     subject = subject_of(autoencoder, model, features)
     writers, gates = routers_around(subject, model, layers)
     text = run_text(run, autoencoder, documents=documents, tokens=tokens)
-    begin = first_position(autoencoder) if first is None else first
+    begin = first_position(autoencoder) if skip_first is None else skip_first
     directions = {"writes": subject.directions}
     if encoder and subject.encoder is not None:
         directions["writes_encoder"] = subject.encoder / subject.encoder.norm(dim=-1, keepdim=True).clamp(min=1e-12)

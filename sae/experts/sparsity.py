@@ -101,7 +101,7 @@ def expert_sparsity(
     layers: Sequence[int] | None = None,
     tokens: int | None = 20_000,
     swap_tokens: int = 4_000,
-    first: int = 1,
+    skip_first: int = 1,
     draws: int = 1000,
     batch_size: int = 8,
     seed: int = 0,
@@ -127,7 +127,7 @@ def expert_sparsity(
         layers: None for all with a router.
         tokens: about how many, from the first on; None for all.
         swap_tokens: about how many for the swapped router; 0 leaves it out.
-        first: positions before it are left out.
+        skip_first: leave out so many first tokens of each sequence.
         draws, seed: of the resampling of documents.
         batch_size: sequences a forward pass.
         progress: show how far it is, on stderr.
@@ -145,7 +145,7 @@ def expert_sparsity(
     routers, notes = _routers(model, layers)
     text = run_text(run, tokens=tokens)
     with claimed(model.module, "sparsity of experts"):
-        walk = _Walk(model, text, routers, first, batch_size, progress)
+        walk = _Walk(model, text, routers, skip_first, batch_size, progress)
         walk.run()
         rows = [row for at in routers for row in walk.rows(at, draws, seed)]
         if swap_tokens:

@@ -75,7 +75,7 @@ def read_features(
     bins: int = 40,
     logits: int = 15,
     others: Sequence[Autoencoder] = (),
-    first_position: int | None = None,
+    skip_first: int | None = None,
     most: int = MOST_TRIPLES,
     progress: bool = True,
     seed: int = 0,
@@ -102,7 +102,7 @@ def read_features(
         bins: of the histogram.
         logits: token ids kept that a latent raises, and lowers, most.
         others: autoencoders of the same site that neighbours are looked for in.
-        first_position: tokens before it are left out; by default as in training, else 1: the first token of a sequence may
+        skip_first: so many first tokens of each sequence are left out; by default as in training, else 1: the first token of a sequence may
             carry a massive activation. Vectors of a norm that training left out are left out here too.
         most: activations held in memory; with more to come, documents are drawn at random.
         progress: draw a bar on stderr.
@@ -128,7 +128,7 @@ def read_features(
     with RunProgress("reading features", len(text), shown=progress) as bar:
         source, live = source_of(autoencoder, run, model, text)
         passed = _Passed(bar, len(text))
-        first = trained_first(autoencoder) if first_position is None else first_position
+        first = trained_first(autoencoder) if skip_first is None else skip_first
         acts = activations(
             autoencoder, text, source, first_position=first, most_norm=most_norm(autoencoder), most=most, seed=seed, seen=passed
         )  # fmt: skip

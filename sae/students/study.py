@@ -76,7 +76,7 @@ def mlp_students(
     router_rank: int = 32,
     inputs: Sequence[Inputs] = ("real", "gaussian"),
     vectors: int = 16_384,
-    skip: int = 4,
+    skip_first: int = 4,
     steps: int = 400,
     batch: int = 256,
     lrs: Sequence[float] = (3e-3, 1e-2),
@@ -115,7 +115,7 @@ def mlp_students(
         router_rank: of `moe_low_rank`.
         inputs: `real`, `gaussian` or both.
         vectors: pairs of input and output; 70 % train, 10 % choose the rate, 20 % test, by document.
-        skip: positions left out at the start of every sequence, where massive activations stand that would be all of the variance.
+        skip_first: positions left out at the start of every sequence, where massive activations stand that would be all of the variance.
         steps, batch, lrs: of training; every rate is tried.
         seeds: students of each kind, with seeds of their own.
         activation: of the students' neurons, `gelu` or `relu`.
@@ -146,11 +146,11 @@ def mlp_students(
     teacher = Teacher(model, layer, block)
     recorded = _run_of(model, run, store, vectors, progress=progress)
     also = None if sae is None else sae.site
-    pairs = teacher.pairs(recorded, vectors=vectors, skip=skip, also=also, seed=seed, progress=progress)
+    pairs = teacher.pairs(recorded, vectors=vectors, skip=skip_first, also=also, seed=seed, progress=progress)
     kinds = [kind for kind in get_args(StudentKind) if kind in students]
     asked = list(_asked(kinds, active, experts, router_rank, pairs))
     told = {
-        "steps": steps, "batch": batch, "lrs": list(lrs), "seeds": seeds, "activation": activation, "skip": skip, "seed": seed,
+        "steps": steps, "batch": batch, "lrs": list(lrs), "seeds": seeds, "activation": activation, "skip_first": skip_first, "seed": seed,
         "vectors": len(pairs), "documents": len(np.unique(pairs.document)), "teacher_parameters": teacher.parameters,
     }  # fmt: skip
     runs_of_each = len(lrs) + seeds - 1

@@ -68,7 +68,7 @@ def probe(
     no_dense: Annotated[bool, typer.Option("--no-dense", help="Leave the probe of all units out.")] = False,
     train_share: _TrainShare = 0.7,
     tokens: _Tokens = 10_000,
-    skip: _Skip = 1,
+    skip_first: _Skip = 1,
     least: _Least = 10,
     controls: _Controls = 3,
     draws: _Draws = 500,
@@ -101,7 +101,7 @@ def probe(
         outcome = sparse_probes(
             found, opened, units=units, site=site, sae=autoencoder, concepts=concept or None, level=level,  # type: ignore[arg-type]  # checked above
             ranking=ranking, k=k or KS, values=values, dense=not no_dense, train_share=train_share, tokens=tokens,  # type: ignore[arg-type]  # checked above and there
-            skip=skip, least=least, controls=controls, draws=draws, seed=seed, progress=not json,
+            skip_first=skip_first, least=least, controls=controls, draws=draws, seed=seed, progress=not json,
         )  # fmt: skip
     if json:
         as_json(dataclasses.asdict(outcome))

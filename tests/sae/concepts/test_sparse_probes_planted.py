@@ -16,7 +16,7 @@ from moescope.store.store import Store
 
 Plant = Callable[..., Any]
 DOCUMENTS, LENGTH = 40, 12
-QUICK: dict[str, Any] = {"draws": 60, "skip": 0, "progress": False}
+QUICK: dict[str, Any] = {"draws": 60, "skip_first": 0, "progress": False}
 
 
 def value(

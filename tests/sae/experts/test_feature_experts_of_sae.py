@@ -254,7 +254,7 @@ def test_slots_of_experts_are_followed_one_by_one(
     run = record_ids(module, sequences)
     directions = planted_directions(4, 32)
     autoencoder = planted_autoencoder("blocks.1.mlp.experts.hook_out", directions, threshold=0.05)
-    feature_experts(autoencoder, ms.load(module), run, store, least_active=2, draws=20, first=0, progress=False)
+    feature_experts(autoencoder, ms.load(module), run, store, least_active=2, draws=20, skip_first=0, progress=False)
     experts = module.model.layers[1].mlp.experts
     values: dict[int, list[float]] = {}
     for batch in plain_passes(module, sequences):

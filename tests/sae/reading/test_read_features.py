@@ -335,7 +335,7 @@ Call = Callable[[Any, Any, Any], Any]
         (lambda sae, run, store: read_features(sae(12, sae_id=sae(7).sae_id), run, store), "is not in"),
         (lambda sae, run, store: read_features(sae(11), run, store, progress=False), "11 components"),
         (lambda sae, run, store: read_features(sae(12, "blocks.1.hook_resid_post"), run, store), "kept no vectors"),
-        (lambda sae, run, store: read_features(sae(12), run, store, first_position=99, progress=False), "no vectors at"),
+        (lambda sae, run, store: read_features(sae(12), run, store, skip_first=99, progress=False), "no vectors at"),
         (lambda sae, run, store: associate_features(sae(12), run, store, {"a": [1]}), "two concepts"),
         (lambda sae, run, store: associate_features(sae(12), run, store, {"a": [1], "b": [12]}), "no set of latents"),
     ],
