@@ -110,7 +110,8 @@ def feature_experts(
         top, strongest: which pairs are kept.
         encoder: measure `writes_encoder` too.
         least_active: latents active on fewer tokens, or in a single document, are left out.
-        skip_first: leave out so many first tokens of each sequence, as massive activations stand there; None for as many as training left out.
+        skip_first: leave out so many first tokens of each sequence, where massive activations stand; None for as many as
+            training left out.
         draws: bootstrap resamples of documents.
         others: latents of the null.
         batch_size: sequences a forward pass.

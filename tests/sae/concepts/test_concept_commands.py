@@ -40,7 +40,7 @@ def call(plant: Callable[..., Any], planted: ModuleType, store: Store) -> Callab
 
 
 def test_probes_are_printed_with_their_nulls(call: Callable[..., Any]) -> None:
-    done = call("probe", "--units", "expert", "--k", "1", "--draws", "50", "--skip", "0", "--concept", "a")
+    done = call("probe", "--units", "expert", "--k", "1", "--draws", "50", "--skip-first", "0", "--concept", "a")
     assert done.exit_code == 0, done.output
     line = next(line for line in done.stdout.splitlines() if line.startswith("a ") and " 1.000 " in line)
     assert "1.000 to 1.000" in line
