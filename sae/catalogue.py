@@ -26,6 +26,11 @@ from moescope.store.schema import TABLES
 from moescope.store.store import Store
 from moescope.store.transaction import transaction
 
+# Rows that name an autoencoder by other columns than `sae_id`, which go with it too.
+_NAMED_ELSEWHERE = {
+    "description_scores": "description_id IN (SELECT description_id FROM descriptions WHERE sae_id = ?)",
+    "feature_links": "other_sae_id = ?",
+}
 WEIGHTS, CONFIG = "sae_weights.safetensors", "cfg.json"
 _JSON_COLUMNS = ("settings", "summary", "source", "versions")
 _PIECE = 1 << 20
@@ -122,7 +127,7 @@ def add_sae(store: Store, row: Mapping[str, Any], write: Callable[[Path], Mappin
     folder = saes_folder(store.path) / sae_id
     with folder_written_whole(folder) as partial:
         late = write(partial) or {}
-        checksum = file_digest(partial / WEIGHTS)
+        checksum, configuration = file_digest(partial / WEIGHTS), file_digest(partial / CONFIG)
     whole: dict[str, Any] = {
         "created_at": datetime.now(UTC).replace(tzinfo=None),
         "versions": {**library_versions(), "sae_lens": version("sae_lens")},
@@ -132,6 +137,7 @@ def add_sae(store: Store, row: Mapping[str, Any], write: Callable[[Path], Mappin
         "path": folder.relative_to(store.path.parent).as_posix(),
         "checksum": checksum,
     }
+    whole["settings"] = {**(whole.get("settings") or {}), "configuration_checksum": configuration}
     stored = {key: to_json(value) if key in _JSON_COLUMNS else value for key, value in whole.items()}
     try:
         write_rows(store, {"saes": [stored]})
@@ -180,6 +186,10 @@ def delete_saes(store: Store, names: Sequence[str]) -> DeletedSaes:
     try:
         with transaction(connection):
             for row in rows:
+                for table, of in _NAMED_ELSEWHERE.items():
+                    query = f'DELETE FROM "{table}" WHERE {of}'  # noqa: S608  both are constants
+                    found = connection.execute(query, [row["sae_id"]]).fetchall()
+                    deleted[table] = deleted.get(table, 0) + int(found[0][0])
                 for table in tables:
                     query = f'DELETE FROM "{table}" WHERE sae_id = ?'  # noqa: S608  names of tables are the schema's
                     found = connection.execute(query, [row["sae_id"]]).fetchall()
@@ -222,7 +232,7 @@ def check_files(store: Store, row: Mapping[str, Any]) -> None:
     """Hold an autoencoder's files against its row.
 
     Raises:
-        StoreError: one is missing, or the weights are not those that were written.
+        StoreError: one is missing, or not the one that was written.
     """
     folder = folder_of(store, row)
     for file in (CONFIG, WEIGHTS):
@@ -230,14 +240,15 @@ def check_files(store: Store, row: Mapping[str, Any]) -> None:
             raise StoreError(
                 f"{folder / file} is missing", fix="keep the folder of autoencoders beside the store when you move it"
             )
-    found = file_digest(folder / WEIGHTS)
-    if found != row["checksum"]:
-        raise StoreError(
-            f"{folder / WEIGHTS} is not the file that was written",
-            expected=f"SHA-256 {row['checksum']}",
-            found=found,
-            fix="restore it from a copy, or train it again",
-        )
+    expected = {WEIGHTS: row["checksum"], CONFIG: (row.get("settings") or {}).get("configuration_checksum")}
+    for file, checksum in expected.items():
+        if checksum is not None and (found := file_digest(folder / file)) != checksum:
+            raise StoreError(
+                f"{folder / file} is not the file that was written",
+                expected=f"SHA-256 {checksum}",
+                found=found,
+                fix="restore it from a copy, or train it again",
+            )
 
 
 def folder_of(store: Store, row: Mapping[str, Any]) -> Path:

@@ -212,7 +212,8 @@ def _row_of(
     chosen, target, head = sites_of_metadata(metadata, anatomy, site=site)
     ours = metadata.get("moescope")  # what our own training notes in what it saves
     ours = ours if isinstance(ours, dict) else {}
-    noted = {"head": head, "revision": ours.get("revision")}
+    data = ours.get("data")
+    noted = {**(data if isinstance(data, dict) else {}), "head": head, "revision": ours.get("revision")}
     return {
         "sae_id": str(uuid.uuid4()),
         "name": name,
@@ -221,9 +222,19 @@ def _row_of(
         "expert": ours.get("expert") if expert is None else expert,
         **row_of_metadata(module),
         "anatomy_digest": ours.get("anatomy_digest"),
+        "trained_on": _run_id(ours.get("run_id")),
+        "corpus_fingerprint": ours.get("corpus_fingerprint"),
         "settings": {key: value for key, value in noted.items() if value is not None},
         "source": {**source, "hook_name": metadata.get("hook_name"), "sae_lens": metadata.get("sae_lens_version")},
     }
+
+
+def _run_id(told: Any) -> str | None:
+    """The id of a run, where a file that anybody may have written has one."""
+    try:
+        return str(uuid.UUID(str(told)))
+    except ValueError:
+        return None
 
 
 def _autoencoder(row: dict[str, Any], module: Any, folder: Path | None) -> Autoencoder:
@@ -245,6 +256,11 @@ def _prepared(module: Any) -> Any:
     module.eval()
     module.requires_grad_(False)
     module.turn_off_forward_pass_hook_z_reshaping()
+    if getattr(module.cfg, "normalize_activations", None) in ("expected_average_only_in", "covariance_whitening"):
+        raise InputError(
+            "this autoencoder takes vectors that were scaled, and the scale is not folded into its weights",
+            fix="fold it in (SAELens: sae.fold_activation_norm_scaling_factor(factor)) and save it again",
+        )
     broken = [name for name, weight in module.state_dict().items() if not bool(torch.isfinite(weight).all())]
     if broken:
         raise InputError(

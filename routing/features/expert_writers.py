@@ -28,6 +28,12 @@ from moescope.store.run import Run
 _COLUMNS = ("side", "rank", "feature", "layer", "block", "expert", "metric", "value", "ci_low", "ci_high", "null", "n")
 
 
+_CHOSEN = "This latent is the one of largest number among those measured: interval and null do not know that."
+_SAME_TOKENS = (
+    "Writers were ranked on the tokens on which they were cut; intervals of the cut do not resample the controls."
+)
+
+
 @analysis(
     name="feature_writers",
     needs=("feature_experts",),
@@ -96,7 +102,11 @@ def feature_writers(
         sql=PAIRS_SQL,
         sql_parameters=pairs.parameters(run),
         computation=f"the {top} largest on each side",
-        notes=(f"Autoencoder {pairs.sae.name} at {pairs.sae.site}.",),
+        notes=(
+            f"Autoencoder {pairs.sae.name} at {pairs.sae.site}.",
+            *((_CHOSEN,) if expert is None and feature is None else ()),
+            *((_SAME_TOKENS,) if len(cut) else ()),
+        ),
     )  # fmt: skip
 
 

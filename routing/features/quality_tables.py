@@ -98,7 +98,9 @@ def one_site(frame: pd.DataFrame, site: str | None) -> tuple[pd.DataFrame, str]:
     frame = frame.assign(place=place)
     if site is None:
         site = str(frame.groupby("place", sort=False)["sae_id"].nunique().idxmax())
-    mine = frame[(frame["place"] == site) | (frame["site"] == site)]
+    mine = frame[frame["place"] == site]
+    if mine.empty:
+        mine = frame[frame["site"] == site]
     if mine.empty:
         places = ", ".join(dict.fromkeys(place))
         raise InputError(f"no autoencoder at {site!r} was judged on this run", expected=f"one of {places}")

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import shutil
+import signal
 import subprocess
+import tempfile
+import time
 from collections.abc import Callable
 
 from moescope.core.errors import InputError, RunError
+
+_MOST = 16 << 20  # bytes of an answer
+_LOOK = 0.02  # seconds between looks whether it has ended
 
 
 def completion_command(command: str, *, timeout: float = 120) -> Callable[[str], str]:
@@ -37,16 +44,40 @@ def completion_command(command: str, *, timeout: float = 120) -> Callable[[str],
 
     def complete(prompt: str) -> str:
         try:
-            done = subprocess.run(  # noqa: S603  no shell; the words are the user's own
-                words, input=prompt.encode(), capture_output=True, timeout=timeout, check=False
-            )
-        except subprocess.TimeoutExpired as slow:
-            raise RunError(f"{words[0]} gave no answer within {timeout:g} seconds") from slow
+            code, answer, said = _run(words, prompt.encode(), timeout)
         except OSError as refused:
             raise RunError(f"{words[0]} cannot be run", found=str(refused)) from refused
-        if done.returncode:
-            said = done.stderr.decode("utf-8", "replace").strip()[-300:]
-            raise RunError(f"{words[0]} failed", found=f"exit code {done.returncode}: {said}")
-        return done.stdout.decode("utf-8", "replace")
+        if code:
+            raise RunError(f"{words[0]} failed", found=f"exit code {code}: {said.strip()[-300:]}")
+        return answer
 
     return complete
+
+
+def _run(words: list[str], prompt: bytes, timeout: float) -> tuple[int, str, str]:
+    """Exit code, answer and complaints of a program in a process group of its own, which ends with it."""
+    with tempfile.TemporaryFile() as asked, tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
+        asked.write(prompt)
+        asked.seek(0)
+        process = subprocess.Popen(  # noqa: S603  no shell; the words are the user's own
+            words, stdin=asked, stdout=out, stderr=err, start_new_session=True
+        )
+        end = time.monotonic() + timeout
+        try:
+            while process.poll() is None:
+                if time.monotonic() > end:
+                    raise RunError(f"{words[0]} gave no answer within {timeout:g} seconds")
+                if max(os.fstat(file.fileno()).st_size for file in (out, err)) > _MOST:
+                    raise RunError(f"{words[0]} writes without end", found=f"over {_MOST >> 20} MiB")
+                time.sleep(_LOOK)
+        finally:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+        out.seek(0)
+        err.seek(0)
+        return (
+            process.returncode,
+            out.read(_MOST).decode("utf-8", "replace"),
+            err.read(_MOST).decode("utf-8", "replace"),
+        )

@@ -69,5 +69,10 @@ def untrained(run: Run, sae: Autoencoder | None, tokens: TokenTable) -> NDArray[
     settings = sae.row.get("settings") or {}
     told: dict[str, Any] = json.loads(settings) if isinstance(settings, str) else settings
     documents = np.unique(tokens.document)
-    share = told.get("held_out_share", told.get("held_out", 0.1))
-    return documents[held_out(documents, share, told.get("split_seed", 0))]
+    found = documents[held_out(documents, told.get("held_out_share", 0.1), told.get("split_seed", 0))]
+    if not len(found):
+        raise InputError(
+            f"run {run.name!r} has no document that {sae.name!r} was not trained on",
+            fix="name another run, or train with documents held out (--held-out)",
+        )
+    return found

@@ -12,9 +12,7 @@ LONGEST = 400  # characters of a description that are kept
 _ANSWER = 20_000  # characters of an answer that are read
 _QUOTES = ('""', "''", "“”", "«»", "「」")
 _WORDS = {"yes": True, "true": True, "y": True, "1": True, "no": False, "false": False, "n": False, "0": False}
-_ITEM = re.compile(
-    r"(?:passage|text|nr\.?|no\.?|#)?\s*(?<![\w−-])(\d{1,3})\s*[\])}.:=–—-]+\s*(yes|no|true|false|y|n|1|0)\b", re.I
-)
+_ITEM = re.compile(r"(?<![\w−-])(\d{1,3}) ?[\])}.:=–—-]+ ?(yes|no|true|false|y|n|1|0)\b(?!\.\d)", re.I)
 _LABEL = re.compile(r"description\s*\**\s*[:：]\s*\**", re.I)
 
 
@@ -64,6 +62,11 @@ def _listed(passages: Sequence[str]) -> str:
     return "".join(f"{number}. {passage}\n" for number, passage in enumerate(passages, 1))
 
 
+def _levelled(answer: str) -> str:
+    """An answer without empty lines and runs of blanks: with them, a search could take quadratic time."""
+    return "\n".join(" ".join(line.split()) for line in undirected(answer[:_ANSWER]).splitlines() if line.strip())
+
+
 def read_description(answer: str) -> str | None:
     """The description in an answer; None where there is none: no letter, or nothing but what was asked.
 
@@ -73,7 +76,7 @@ def read_description(answer: str) -> str | None:
         >>> read_description("...") is None
         True
     """
-    text = undirected(answer[:_ANSWER])
+    text = _levelled(answer)
     labels = list(_LABEL.finditer(text))
     tail = text[labels[-1].end() :] if labels else text
     line = next((one for one in tail.splitlines() if any(c.isalnum() for c in one)), "")
@@ -92,7 +95,7 @@ def read_judgements(answer: str, count: int) -> list[bool | None]:
         >>> read_judgements("Yes.", 1)
         [True]
     """
-    text = re.sub(r"[*_`\"'|]", "", undirected(answer[:_ANSWER]))
+    text = " ".join(re.sub(r"[*_`\"'|]", "", undirected(answer[:_ANSWER])).split())
     found: list[bool | None] = [None] * count
     for number, word in _ITEM.findall(text):
         if 1 <= int(number) <= count:
@@ -110,7 +113,7 @@ def read_words(answer: str) -> list[str]:
         >>> read_words("WORDS: cat, 'dog' , cat, the end")
         ['cat', 'dog', 'the end']
     """
-    text = undirected(answer[:_ANSWER])
+    text = _levelled(answer)
     marked = list(re.finditer(r"words\s*\**\s*[:：]\s*\**", text, re.I))
     tail = text[marked[-1].end() :] if marked else text
     line = next((one for one in tail.splitlines() if one.strip()), "")

@@ -96,7 +96,9 @@ def compare_neurons(
         for share, u in zip(shares, (plain, turned), strict=True)
     ]
     told = autoencoder.row
-    kept = {k: v for k, v in (told.get("settings") or {}).items() if k in ("held_out_share", "skip_first")}
+    kept = {
+        k: v for k, v in (told.get("settings") or {}).items() if k in ("held_out_share", "split_seed", "skip_first")
+    }
     for number, unit in enumerate(units):
         row = {**unit.row, "trained_on": told.get("trained_on"), "settings": {**unit.row["settings"], **kept}}
         units[number] = replace(unit, row=row)

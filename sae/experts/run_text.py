@@ -98,7 +98,7 @@ def run_text(
     own = autoencoder is not None and str(autoencoder.row.get("trained_on") or "") == run.run_id
     side: Documents = documents if own else "all"
     settings = (autoencoder.row.get("settings") or {}) if autoencoder is not None else {}
-    share, seed = float(settings.get("held_out_share", 0.1)), int(settings.get("held_out_seed", 0))
+    share, seed = float(settings.get("held_out_share", 0.1)), int(settings.get("split_seed", 0))
     if side == "held_out":
         rows = rows[held_out(rows[:, 0], share, seed)]
         if not rows[:, 1].sum():

@@ -173,6 +173,7 @@ class _Judging:
             apart=self.held_out,
             first=first,
             share=float(settings.get("held_out_share") or 0.1),
+            seed=int(settings.get("split_seed", 0)),
         )
         self._note_split()
         judged, fitted = (
@@ -220,6 +221,11 @@ class _Judging:
         rows += probe_rows(codes, width, fitted.x, judged.x, questions, document, by_document, seed=self.seed)
         letters = self._letters(fitted), self._letters(judged)
         told = {name: codes[name] for name in ("sae", "pca")}
+        if own.target_site is not None:
+            self.notes.append(
+                "Absorption and splitting are left out: a transcoder writes in another space than it reads."
+            )
+            return rows, ways
         absorbed = absorption_rows(own, told, fitted.x, judged.x, letters, by_document, seed=self.seed)
         if not absorbed:
             self.notes.append(
@@ -307,7 +313,10 @@ class _Judging:
     def _note_split(self) -> None:
         judged, fitted = (len(np.unique(self.tokens.document[side])) for side in (self.split.judged, self.split.fitted))
         row = self.autoencoder.row
-        trained_here = str(row.get("trained_on")) == str(self.run.run_id)
+        texts = row.get("corpus_fingerprint")
+        trained_here = str(row.get("trained_on")) == str(self.run.run_id) or (
+            texts is not None and texts == self.run.info["corpus_fingerprint"]
+        )
         share = (row.get("settings") or {}).get("held_out_share")
         seen = (
             "of a run that it was not trained on"

@@ -16,12 +16,13 @@ from moescope.sae.data.split import held_out
 from moescope.store.run import Run
 
 _TOKENS = """
-    SELECT t.token, t.sequence_id, t.position, t.token_id, t.class, s.document_id, s.label
+    SELECT t.token, t.sequence_id, t.position, t.token_id, t.class, t.is_special, s.document_id, s.label
     FROM tokens t
     JOIN sequences s USING (run_id, sequence_id)
     WHERE run_id = $run AND phase = 'prefill'
     ORDER BY t.token
 """
+SPECIAL = "special"  # the class of tokens that stand for no text; training leaves them out
 _LETTERS = "SELECT token_id, text FROM vocabulary WHERE run_id = $run"
 
 Ints = NDArray[np.int64]
@@ -79,23 +80,25 @@ def run_tokens(run: Run) -> RunTokens:
     names = ("token", "sequence_id", "position", "token_id", "document_id")
     token, sequence, position, token_id, document = (found[name].to_numpy().astype(np.int64) for name in names)
     label, klass = (np.array(found[name].to_pylist(), dtype=object) for name in ("label", "class"))
+    special = np.array(found["is_special"].to_pylist(), dtype=object) == True  # noqa: E712  null is not special
+    klass[special] = SPECIAL
     return RunTokens(token, sequence, position, token_id, document, label, klass)
 
 
-def split(tokens: RunTokens, *, apart: bool, first: int, share: float) -> Split:
+def split(tokens: RunTokens, *, apart: bool, first: int, share: float, seed: int = 0) -> Split:
     """Part a run into what is judged and what is fitted on.
 
     Args:
         tokens: of the run.
         apart: judge documents that are held out from training, and fit on the others; else both on all of them.
         first: tokens before this position of their sequence count in neither.
-        share: of the documents held out, as in training.
+        share, seed: of the documents held out, as in training.
 
     Raises:
         InputError: fewer than two documents on either side.
     """
-    counts = tokens.position >= first
-    out = held_out(tokens.document, share=share) if apart else np.ones(len(counts), bool)
+    counts = (tokens.position >= first) & (tokens.klass != SPECIAL)
+    out = held_out(tokens.document, share=share, seed=seed) if apart else np.ones(len(counts), bool)
     judged, fitted = counts & out, counts & (~out if apart else out)
     sides = [len(np.unique(tokens.document[side])) for side in (judged, fitted)]
     if min(sides) < 2:

@@ -16,7 +16,7 @@ from moescope.core.sites import Site
 from moescope.probes.batches import Batch
 from moescope.probes.live_model import LiveModel
 from moescope.sae.autoencoder import Autoencoder
-from moescope.sae.data.live import site_vectors
+from moescope.sae.data.live import SLOT_SITES, site_vectors
 from moescope.sae.judging.run_tokens import Ints, RunTokens
 from moescope.store.run import Run
 from moescope.store.vectors import VectorShard, vector_shards
@@ -71,6 +71,7 @@ def recorded_vectors(
         StoreError: a shard that is missing or damaged.
     """
     shards = list(vector_shards(run, str(autoencoder.site), verify=verify))
+    eligible = eligible & _has_target(run, autoencoder, tokens)
     kept = [_eligible_rows(shard, autoencoder, tokens, eligible) for shard in shards]
     total = sum(len(rows) for rows, _ in kept)
     chosen = np.sort(np.random.default_rng(seed).choice(total, min(limit, total), replace=False))
@@ -84,7 +85,7 @@ def recorded_vectors(
     x = fitting(_one_head(np.concatenate(parts), autoencoder.head), autoencoder.d_in, autoencoder, autoencoder.site)
     if autoencoder.target_site is None:
         return Vectors(x, x, where)
-    found = _of_tokens(run, autoencoder.target_site, tokens.token[where], verify=verify)
+    found = _of_tokens(run, autoencoder.target_site, tokens.token[where], autoencoder.expert, verify=verify)
     return Vectors(x, fitting(found, autoencoder.d_out, autoencoder, autoencoder.target_site), where)
 
 
@@ -105,10 +106,18 @@ def live_vectors(
         found = passed[sites[0]].of_expert(autoencoder.expert).of_head(autoencoder.head)
         token = found.token.cpu().numpy()
         place = (start + passed.position)[token]
-        kept = np.flatnonzero(eligible[place])
+        counts = eligible[place]
+        others = []
+        for site in sites[1:]:
+            of = passed[site].of_expert(autoencoder.expert)
+            row = np.full(len(passed), -1)
+            row[of.token.cpu().numpy()] = np.arange(len(of.token))
+            counts &= row[token] >= 0
+            others.append((of, row))
+        kept = np.flatnonzero(counts)
         columns[0].append(found.vectors.float().cpu()[torch.from_numpy(kept)])
-        for column, site in zip(columns[1:], sites[1:], strict=True):
-            column.append(passed[site].vectors.float().cpu()[torch.from_numpy(token[kept])])
+        for column, (of, row) in zip(columns[1:], others, strict=True):
+            column.append(of.vectors.float().cpu()[torch.from_numpy(row[token[kept]])])
         places.append(place[kept])
     widths = (autoencoder.d_in, autoencoder.d_out)
     whole = [
@@ -141,10 +150,26 @@ def fitting(x: torch.Tensor, width: int, autoencoder: Autoencoder, site: Site) -
     return x
 
 
-def _of_tokens(run: Run, site: Site, wanted: Ints, *, verify: bool) -> torch.Tensor:
+def _has_target(run: Run, autoencoder: Autoencoder, tokens: RunTokens) -> NDArray[np.bool_]:
+    """[token] Whether the expert whose output a transcoder predicts was chosen; True where it predicts no expert's."""
+    found = np.ones(len(tokens.token), bool)
+    target = autoencoder.target_site
+    if target is not None and target.tensor in SLOT_SITES and autoencoder.expert is not None:
+        shards = vector_shards(run, str(target))
+        found = np.isin(tokens.token, np.concatenate([_tokens_of(shard, autoencoder.expert) for shard in shards]))
+    return found
+
+
+def _tokens_of(shard: VectorShard, expert: int | None) -> Ints:
+    """[row] token; −1 for rows of other experts."""
+    token = np.asarray(shard.token, np.int64)
+    return token if expert is None or shard.expert is None else np.where(np.asarray(shard.expert) == expert, token, -1)
+
+
+def _of_tokens(run: Run, site: Site, wanted: Ints, expert: int | None, *, verify: bool) -> torch.Tensor:
     """Vectors that a run kept at a site of some tokens, in the order asked for."""
     shards = list(vector_shards(run, str(site), verify=verify))
-    token = np.concatenate([np.asarray(shard.token) for shard in shards])
+    token = np.concatenate([_tokens_of(shard, expert) for shard in shards])
     order = np.argsort(token, kind="stable")
     at = order[np.minimum(np.searchsorted(token[order], wanted), len(token) - 1)]
     if lost := int((token[at] != wanted).sum()):
@@ -171,6 +196,10 @@ def _eligible_rows(
     place = tokens.places(np.asarray(shard.token))
     kept = (place >= 0) & eligible[place]
     if autoencoder.expert is not None:
+        target = autoencoder.target_site
+        if shard.expert is None and target is not None and target.tensor in SLOT_SITES:
+            rows = np.flatnonzero(kept)
+            return rows, place[rows]
         if shard.expert is None:
             raise InputError(
                 f"{autoencoder.name} is of expert {autoencoder.expert}, and vectors at {autoencoder.site} are of none"

@@ -203,6 +203,8 @@ def _gathered(
     held = 0
     for whole, places in pieces(text):
         kept = usual(whole, text.position[places])
+        if text.special is not None:
+            kept &= ~text.special[places]  # training leaves them out too
         vectors, place = whole[torch.from_numpy(kept)], places[kept]
         encoded[place] = True
         for latent, row, value in _triples(autoencoder, vectors):

@@ -13,7 +13,8 @@ from moescope.core.errors import InputError
 from moescope.store.run import Run
 
 _TOKENS = """
-    SELECT t.token, t.token_id, t.sequence_id, t.position, s.document_id
+    SELECT t.token, t.token_id, t.sequence_id, t.position, s.document_id,
+        coalesce(t.is_special, false) OR coalesce(t.class = 'special', false) AS special
     FROM tokens t
     JOIN sequences s ON s.run_id = t.run_id AND s.sequence_id = t.sequence_id
     WHERE t.run_id = $run AND t.phase = 'prefill'
@@ -41,6 +42,7 @@ class RunText:
         label: [document] index into `labels`; −1 for none.
         labels: names, sorted.
         all_documents: documents that the run has.
+        special: [token] whether it stands for no text; None for none.
     """
 
     token: Ints
@@ -51,6 +53,7 @@ class RunText:
     label: NDArray[np.int32]
     labels: tuple[str, ...]
     all_documents: int
+    special: NDArray[np.bool_] | None = None
 
     def __len__(self) -> int:
         return len(self.token)
@@ -84,6 +87,7 @@ class RunText:
         return RunText(
             self.token[mine], self.token_id[mine], self.sequence_id[mine], self.position[mine],
             renumbered[self.document[mine]], self.label[kept], self.labels, self.all_documents,
+            None if self.special is None else self.special[mine],
         )  # fmt: skip
 
 
@@ -100,7 +104,7 @@ def run_text(run: Run, documents: NDArray[np.integer[Any]] | None = None) -> Run
     found = run.sql(_TOKENS).to_arrow_table()
     if not found.num_rows:
         raise InputError(f"run {run.name!r} has no tokens", fix="record it with the probe: tokens")
-    token, token_id, sequence, position, document = (column.to_numpy() for column in found.columns)
+    token, token_id, sequence, position, document, special = (column.to_numpy() for column in found.columns)
     named = run.sql(_LABELS).to_arrow_table().to_pylist()
     if documents is not None:
         wanted = set(map(int, documents))
@@ -117,4 +121,5 @@ def run_text(run: Run, documents: NDArray[np.integer[Any]] | None = None) -> Run
     return RunText(
         token[mine].astype(np.int64), token_id[mine].astype(np.int32), sequence[mine].astype(np.int64),
         position[mine].astype(np.int32), np.searchsorted(ids, document[mine]).astype(np.int32), label, labels, len(present),
+        special[mine].astype(bool),
     )  # fmt: skip

@@ -71,7 +71,7 @@ def chosen_text(autoencoder: Autoencoder, run: Run, documents: str) -> RunText:
 
     told = settings(autoencoder)
     share = told.get("held_out_share")
-    out = held_out(ids, share=0.1 if share is None else float(share), seed=int(told.get("held_out_seed", 0)))
+    out = held_out(ids, share=0.1 if share is None else float(share), seed=int(told.get("split_seed", 0)))
     if not out.any():
         raise InputError(
             f"no document of run {run.name!r} was held out of training",

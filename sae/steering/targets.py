@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 
 from moescope.core.errors import InputError
-from moescope.core.sites import Site
+from moescope.core.sites import EXPERT_OUT, EXPERT_POST, Site
 from moescope.sae.autoencoder import Autoencoder
 
 if TYPE_CHECKING:
@@ -101,6 +101,15 @@ class LatentTarget(Target):
     def __init__(self, autoencoder: Autoencoder, latent: int) -> None:
         if not 0 <= latent < autoencoder.d_sae:
             raise InputError(f"there is no latent {latent}", expected=f"0 to {autoencoder.d_sae - 1}")
+        if (
+            autoencoder.head is not None
+            or autoencoder.expert is not None
+            or autoencoder.site.tensor in (EXPERT_OUT, EXPERT_POST)
+        ):
+            raise InputError(
+                f"{autoencoder.name!r} reads a part of a token's vectors, which gives no number of every token",
+                expected="an autoencoder of the stream, of a sublayer, or of all heads",
+            )
         self.autoencoder, self.latent = autoencoder, latent
         self.sites = (autoencoder.site,)
         self.name = f"latent {latent} of {autoencoder.name}"

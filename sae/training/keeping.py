@@ -40,8 +40,12 @@ class Place:
     expert: int | None
     head: int | None
 
-    def metadata(self) -> dict[str, Any]:
-        """What SAELens' configuration keeps beside the numbers: enough to attach it elsewhere, and where it comes from."""
+    def metadata(self, data: Mapping[str, Any]) -> dict[str, Any]:
+        """What SAELens' configuration keeps beside the numbers: enough to attach it elsewhere, and where it comes from.
+
+        Args:
+            data: what it was trained on, as `VectorSource.facts` says it.
+        """
         info = self.run.info
         return {
             "model_name": info["model"],
@@ -57,6 +61,7 @@ class Place:
                 "expert": self.expert,
                 "anatomy_digest": info["anatomy"].get("digest"),
                 "revision": info["revision"],
+                "data": dict(data),
             },
         }
 

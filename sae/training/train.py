@@ -15,7 +15,7 @@ from moescope.core.errors import InputError, RunError
 from moescope.core.site_names import read_site
 from moescope.core.sites import Site
 from moescope.sae.autoencoder import Autoencoder
-from moescope.sae.catalogue import check_sae_names, free_sae_name
+from moescope.sae.catalogue import check_sae_names, delete_saes, free_sae_name
 from moescope.sae.loading import load_autoencoder
 from moescope.sae.saelens import need_saelens
 from moescope.sae.training.checkpoints import Checkpoint, Checkpoints
@@ -117,7 +117,7 @@ def train(
     trainees = [
         Trainee.begin(
             name, spec, sample, widths=source.widths, steps=plan["steps"], batch_size=plan["batch_size"], seed=seed,
-            device=where, metadata=place.metadata(),
+            device=where, metadata=place.metadata(source.facts()),
         )
         for name, spec in zip(work.names, work.specs, strict=True)
     ]  # fmt: skip
@@ -136,12 +136,26 @@ def train(
         logger.warning("stopped after step %s of %s; go on with resume=True (--resume)", ended.step, plan["steps"])
         raise KeyboardInterrupt
     ended = _back_to_good(trainees, ended, checkpoints)
-    for trainee in trainees:
-        keep(store, trainee, place, settings, held, ended)
+    _keep_all(store, trainees, place, settings, held, ended)
     checkpoints.drop()
     if ended.diverged is not None:
         raise _stopped(ended.diverged, ended.step, work.names)
     return [load_autoencoder(store, name, device=where) for name in work.names]
+
+
+def _keep_all(
+    store: Store, trainees: Sequence[Trainee], place: Place, settings: dict[str, Any], held: Any, ended: Ended
+) -> None:
+    """Store every autoencoder, or none: so that a training that goes on finds its names free."""
+    kept: list[str] = []
+    try:
+        for trainee in trainees:
+            keep(store, trainee, place, settings, held, ended)
+            kept.append(trainee.name)
+    except BaseException:
+        if kept:
+            delete_saes(store, kept)
+        raise
 
 
 def plan_training(

@@ -42,7 +42,10 @@ def test_row_and_files_belong_together(store: Any) -> None:
     assert folder == saes_folder(store.path) / row["sae_id"]
     assert sorted(file.name for file in folder.iterdir()) == [CONFIG, WEIGHTS]
     assert row["checksum"] == hashlib.sha256(b"weights of nothing").hexdigest()
-    assert (row["d_in"], row["settings"]) == (7, {"seed": 1})
+    assert (row["d_in"], row["settings"]) == (
+        7,
+        {"seed": 1, "configuration_checksum": row["settings"]["configuration_checksum"]},
+    )
     assert "sae_lens" in row["versions"]
     assert sae_row(store, "one") == sae_row(store, row["sae_id"]) == row
 

@@ -59,7 +59,7 @@ def circuit(
     dtype: Dtype = "auto",
     revision: Revision = None,
     trust_remote_code: Trust = False,
-    seed: Annotated[int, typer.Option(help="Of everything random.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Of everything random.")] = 0,
     json: Json = False,
 ) -> None:
     """Find the attention heads that a task needs, and cut them against random ones.

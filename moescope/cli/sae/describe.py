@@ -73,7 +73,7 @@ def describe(
     timeout: _Timeout = 120.0,
     again: Annotated[bool, typer.Option("--again", help="Describe anew what this describer has described.")] = False,
     device: Device = "auto",
-    seed: Annotated[int, typer.Option(help="Of everything random.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Of everything random.")] = 0,
     json: Json = False,
 ) -> None:
     """Have units described in words, and score what the descriptions foretell.

@@ -72,7 +72,7 @@ def probe(
     least: _Least = 10,
     controls: _Controls = 3,
     draws: _Draws = 500,
-    seed: Annotated[int, typer.Option(help="Of everything random.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Of everything random.")] = 0,
     json: Json = False,
 ) -> None:
     """Probe for concepts with few units, on documents that no probe has seen.

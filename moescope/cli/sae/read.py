@@ -49,7 +49,7 @@ def read(
     logits: _Logits = 15,
     other: _Others = None,
     device: Device = "auto",
-    seed: Annotated[int, typer.Option(help="Of everything random.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Of everything random.")] = 0,
     json: Json = False,
 ) -> None:
     """Read what every latent of an autoencoder fires on: examples, labels, logits, neighbours, families.

@@ -51,7 +51,7 @@ _Budget = Annotated[
 ]
 _BatchSize = Annotated[int, typer.Option(min=1, help="Sequences a forward pass; 1 is often fastest on a CPU.")]
 _MaxLength = Annotated[int, typer.Option(min=2, help="Tokens of the longest sequence; longer documents are split.")]
-_Seed = Annotated[int, typer.Option(help="Decides which tokens --share takes; stored with the run.")]
+_Seed = Annotated[int, typer.Option(min=0, help="Decides which tokens --share takes; stored with the run.")]
 _Resume = Annotated[bool, typer.Option("--resume", help="Go on with the run of this name, if it was stopped.")]
 _DryRun = Annotated[
     bool, typer.Option("--dry-run", help="Say what would be recorded, how large it is and how long it takes.")

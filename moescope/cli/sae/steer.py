@@ -259,6 +259,8 @@ def _read_latent(text: str) -> tuple[int, str, float | str]:
             expected="12=+5 (add), 12=5 (set), 12=*0 (scale), 12=+max or 12=mean",
         )
     value = found["value"]
+    if found["how"] == "*" and value in ("max", "mean"):
+        raise InputError(f"{text!r} scales by an activation", expected="12=*0, 12=*2, or 12=+max")
     return int(found["latent"]), _HOW[found["how"]], value if value in ("max", "mean") else float(value)
 
 

@@ -70,7 +70,7 @@ def students(
     trust_remote_code: Trust = False,
     text_field: TextField = "text",
     label_field: LabelField = "label",
-    seed: Annotated[int, typer.Option(help="Of everything random.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Of everything random.")] = 0,
     json: Json = False,
 ) -> None:
     """Train students of an MLP, dense ones and mixtures of single-neuron experts, on real inputs and on Gaussian ones like them.

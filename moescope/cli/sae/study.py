@@ -69,7 +69,7 @@ def study(
     trust_remote_code: Trust = False,
     text_field: TextField = "text",
     label_field: LabelField = "label",
-    seed: Annotated[int, typer.Option(help="Of everything random.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Of everything random.")] = 0,
     json: Json = False,
 ) -> None:
     """Record vectors, train autoencoders, judge them, read their features, and join these to the experts that write them.

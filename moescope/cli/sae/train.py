@@ -70,7 +70,7 @@ def train(
     head: _Head = None,
     vectors: _Vectors = None,
     batch_size: _BatchSize = None,
-    seed: Annotated[int, typer.Option(help="Of the first weights and the order of vectors.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Of the first weights and the order of vectors.")] = 0,
     device: Device = "auto",
     checkpoint_every: _Every = None,
     resume: _Resume = False,

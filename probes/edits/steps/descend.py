@@ -69,7 +69,14 @@ class DescendStep(FeatureStep[Descend]):
         if self.first.replace:
             found = self.decoded(code + change).to(wide)
             return torch.lerp(wide, found, amount.to(wide.dtype).expand_as(wide))
-        return wide + amount.to(wide.dtype) * (change @ self.autoencoder.decoder.float()).to(wide)
+        return wide + amount.to(wide.dtype) * self._written(code, change).to(wide)
+
+    def _written(self, code: Code, change: Code) -> torch.Tensor:
+        """What a change of the code writes."""
+        if self.own_scale:
+            return self.decoded(code + change) - self.decoded(code)
+        written_in: torch.Tensor = change @ self.autoencoder.decoder.float()
+        return written_in
 
     def _moved(self, code: Code, row: torch.Tensor) -> Code:
         """The code after the steps."""
@@ -95,4 +102,4 @@ class DescendStep(FeatureStep[Descend]):
 
 def _scalars(edit: Descend) -> tuple[float, float, float]:
     """What is left of the distance to a target, the rate, and the probe's bias."""
-    return (1 - 2 * edit.rate) ** edit.steps, edit.rate, edit.bias
+    return 0.0 if edit.target is None else (1 - 2 * edit.rate) ** edit.steps, edit.rate, edit.bias

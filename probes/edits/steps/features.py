@@ -57,6 +57,10 @@ class FeatureStep(SiteStep[F]):
         self.autoencoder: Encoder = place.sources[edit.sae]
         self.reads = reads_of(self.autoencoder)
         self._seen: tuple[Code, torch.Tensor] | None = None
+        self._given: torch.Tensor | None = None
+        settings = getattr(getattr(self.autoencoder, "module", None), "cfg", None)
+        # Each vector is brought to one length before it is encoded; decoder rows are then in units of that.
+        self.own_scale = getattr(settings, "normalize_activations", None) in ("layer_norm", "constant_norm_rescale")
         super().__init__(edits, place)
 
     @staticmethod
@@ -79,13 +83,14 @@ class FeatureStep(SiteStep[F]):
         """Activations for what passes (or has passed where a transcoder reads), in float32."""
         if self._seen is not None:
             return self._seen[0]
-        return self.autoencoder.encode(given.to(self.autoencoder.decoder.device))
+        self._given = given.to(self.autoencoder.decoder.device)
+        return self.autoencoder.encode(self._given)
 
     def decoded(self, code: Code) -> torch.Tensor:
-        """What a code stands for."""
-        if self._seen is None:
-            return self.autoencoder.decode(code)
-        return self.autoencoder.decode(code, self._seen[1].to(code.device))
+        """What a code stands for, for the vectors that were encoded last."""
+        if self._seen is not None:
+            return self.autoencoder.decode(code, self._seen[1].to(code.device))
+        return self.autoencoder.decode(code, self._given) if self.own_scale else self.autoencoder.decode(code)
 
 
 def autoencoder_fault(edit: FeatureEdit, place: Place) -> str | None:

@@ -52,11 +52,16 @@ class LatentsStep(FeatureStep[Latents]):
         """The stream with the latents' own parts changed."""
         code = self.code(given)
         row = now.row.to(code.device)
-        own = code.gather(-1, self.ids[row][:, None].expand(*code.shape[:2], -1))
+        ids = self.ids[row][:, None].expand(*code.shape[:2], -1)
+        own = code.gather(-1, ids)
         value = self.values[row][:, None]
         how, only_active = (column[:, None, None] for column in self.how[row].unbind(-1))
         aimed = torch.where(how == _ADD, own + value, torch.where(how == _SET, value, own * value))
         change = torch.where((only_active != 0) & (own <= 0), 0.0, aimed - own)
         wide = exact(given)
-        moved = wide + amount.to(wide.dtype) * torch.bmm(change, self.rows[row]).to(wide)
+        if self.own_scale:
+            added = self.decoded(code.scatter_add(-1, ids, change)) - self.decoded(code)
+        else:
+            added = torch.bmm(change, self.rows[row])
+        moved = wide + amount.to(wide.dtype) * added.to(wide)
         return torch.where((change != 0).any(-1, keepdim=True).to(wide.device), moved, wide)
