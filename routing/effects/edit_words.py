@@ -77,6 +77,13 @@ def _skip(edit: Any) -> str:
     return f"Skipping{part}{_where(edit)}" if part else f"Skipping{_where(edit).removeprefix(' of')}"
 
 
+def _latents(edit: Any) -> str:
+    several = len(edit.ids) != 1
+    named = f"latent{'s' * several} {_listed(edit.ids)}" if len(edit.ids) <= _MOST else f"{len(edit.ids)} latents"
+    verbs = {"add": "Adding to", "set": "Setting", "scale": "Scaling" if any(edit.values) else "Removing"}
+    return f"{verbs[edit.how]} {named} of {edit.sae}{_where(edit)}"
+
+
 _WORDS: dict[str, Callable[[Any], str]] = {
     "ablate": _ablate,
     "force": lambda e: _experts(e, "Forcing"),
@@ -98,4 +105,7 @@ _WORDS: dict[str, Callable[[Any], str]] = {
     "mask_head": _heads,
     "skip": _skip,
     "patch": lambda e: f"Patching {e.site} from {e.run}{_where(e)}",
+    "splice": lambda e: f"Putting what {e.sae} reconstructs into {e.site}{_where(e)}",
+    "latents": _latents,
+    "descend": lambda e: f"Descending in the code of {e.sae} at {e.site}{_where(e)}",
 }

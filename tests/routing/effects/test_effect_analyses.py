@@ -163,6 +163,13 @@ def test_hostile_names_are_shown_as_text(plant: Callable[..., Run], planted: Mod
         ({"kind": "mask_head", "layer": 2, "heads": [1, 3], "how": "uniform"}, "Flattening heads 1, 3 of layer 2"),
         ({"kind": "skip", "layer": 2, "part": "mlp"}, "Skipping the MLP of layer 2"),
         ({"kind": "skip", "layer": 2}, "Skipping layer 2"),
+        ({"kind": "splice", "layer": 2, "sae": "mine"}, "Putting what mine reconstructs into hook_resid_post of layer 2"),
+        ({"kind": "latents", "layer": 2, "sae": "mine", "latents": [7], "values": [5.0]}, "Adding to latent 7 of mine of layer 2"),
+        (
+            {"kind": "latents", "layer": 2, "sae": "mine", "latents": [7, 8], "how": "scale", "values": [0.0, 0.0]},
+            "Removing latents 7, 8 of mine of layer 2",
+        ),
+        ({"kind": "descend", "layer": 2, "sae": "mine", "target": [1.0]}, "Descending in the code of mine at hook_resid_post of layer 2"),
         ({"kind": "top_k", "k": 1}, "Top-1 routing of every layer"),
     ],
 )  # fmt: skip

@@ -161,7 +161,7 @@ def test_ctrl_c_keeps_a_checkpoint_and_says_how_to_go_on(
 ) -> None:
     options = {**_FAST, "vectors": 2560}
     (whole,) = train(run, run.store, "topk:d=32,k=4", names=["whole"], **options)
-    steps, real = 0, loop.Trainee.step
+    steps, real, before = 0, loop.Trainee.step, signal.getsignal(signal.SIGINT)
 
     def pressed(self: Any, batch: Any) -> Any:
         nonlocal steps
@@ -178,7 +178,7 @@ def test_ctrl_c_keeps_a_checkpoint_and_says_how_to_go_on(
     assert "--resume" in caplog.text
     (resumed,) = train(run, run.store, "topk:d=32,k=4", names=["mine"], resume=True, **options)
     assert all(torch.equal(w, _weights(resumed)[n]) for n, w in _weights(whole).items())
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(signal.SIGINT) is before
 
 
 def _poisoned(monkeypatch: pytest.MonkeyPatch, at: int, what: str) -> None:
