@@ -34,6 +34,23 @@ _SQL = """
         FROM scored
         QUALIFY row_number() OVER (PARTITION BY feature ORDER BY value DESC NULLS LAST, metric) = 1
     ),
+    peaks AS (
+        SELECT c.feature, t.token_id AS peak_id
+        FROM feature_contexts c
+        JOIN tokens t ON t.run_id = c.run_id AND t.sequence_id = c.sequence_id AND t.position = c.position
+        WHERE c.run_id = $run AND c.sae_id = $sae AND c.stratum = 0
+        GROUP BY c.feature, t.token_id
+        QUALIFY row_number() OVER (PARTITION BY c.feature ORDER BY count(*) DESC, t.token_id) = 1
+    ),
+    counted AS (
+        SELECT b.*, count(*) OVER () AS scored, max(b."null") OVER () AS largest_null,
+            count(*) OVER (PARTITION BY coalesce(p.peak_id, -1 - b.feature)) AS alike,
+            row_number() OVER (
+                PARTITION BY coalesce(p.peak_id, -1 - b.feature) ORDER BY b.value DESC NULLS LAST, b.feature
+            ) AS among_alike
+        FROM best b
+        LEFT JOIN peaks p ON p.feature = b.feature
+    ),
     labelled AS (
         SELECT feature, label, lift
         FROM feature_labels
@@ -41,13 +58,19 @@ _SQL = """
         QUALIFY row_number() OVER (PARTITION BY feature ORDER BY lift DESC, label) = 1
     )
     SELECT b.feature, b.metric, b.value, b.ci_low, b.ci_high, b."null", b.n, f.active / f.tokens AS density, l.label, l.lift,
-        f.raised_ids, count(*) OVER () AS scored, max(b."null") OVER () AS largest_null
-    FROM best b
+        f.raised_ids, b.scored, b.largest_null, b.alike
+    FROM counted b
     JOIN features f ON f.run_id = $run AND f.sae_id = $sae AND f.feature = b.feature
     LEFT JOIN labelled l ON l.feature = b.feature
+    WHERE b.among_alike = 1 OR NOT $distinct
     ORDER BY b.value DESC NULLS LAST, b.feature
     LIMIT $top
 """
+
+
+_DISTINCT = (
+    "Of latents whose examples peak most often on the same token, the best is shown alone (distinct=false shows all)."
+)
 
 
 @analysis(
@@ -59,7 +82,14 @@ _SQL = """
     order=22,
 )
 def top_features(
-    run: Run, *, sae: str | None = None, top: Count = 20, rule: Rule = "any", examples: Count = 2, reach: Count = 10
+    run: Run,
+    *,
+    sae: str | None = None,
+    top: Count = 20,
+    rule: Rule = "any",
+    examples: Count = 2,
+    reach: Count = 10,
+    distinct: bool = True,
 ) -> Result:
     """Which latents have a meaning that simple rules confirm on documents they have not seen, and what do they fire on?
 
@@ -77,6 +107,7 @@ def top_features(
         rule: rank by this rule alone.
         examples: of each latent, a row each.
         reach: tokens of `text` on either side of the peak.
+        distinct: of latents whose examples peak most often on the same token, show the best alone; `alike` counts them.
 
     Raises:
         InputError: no such autoencoder, or no latent fires often enough to be scored.
@@ -87,7 +118,7 @@ def top_features(
     """
     chosen = chosen_sae(run, sae, table="feature_contexts")
     rules = [name for name in RULES if rule in ("any", name.removeprefix("predicted_by_"))]
-    given = {"sae": chosen.sae_id, "rules": rules, "top": top}
+    given = {"sae": chosen.sae_id, "rules": rules, "top": top, "distinct": distinct}
     frame = run.sql(_SQL, given).df()
     if frame.empty:
         raise InputError(
@@ -111,6 +142,7 @@ def top_features(
             "density": "share of tokens",
             "lift": "ratio",
             "n": "tokens",
+            "alike": "latents",
             "activation": "activation",
         },
         interval="95 % percentile bootstrap over the documents predicted, the rule held fixed",
@@ -122,6 +154,7 @@ def top_features(
             *reading_notes(run, chosen),
             f"The largest correlation that any of the scored latents has under the null is {null:.2f}.",
             "In texts ⏎ stands for a line break.",
+            *((_DISTINCT,) if distinct else ()),
         ),
     )
 
@@ -133,13 +166,14 @@ def _table(run: Run, chosen: Sae, frame: pd.DataFrame, examples: int, reach: int
         {
             "rank": rank, "feature": int(r["feature"]), "example": number, "metric": r["metric"], "value": r["value"],
             "ci_low": r["ci_low"], "ci_high": r["ci_high"], "null": r["null"], "n": int(r["n"]), "density": r["density"],
+            "alike": int(r["alike"]),
             "label": None if pd.isna(r["label"]) else r["label"], "lift": r["lift"], "raises": words(r["raised_ids"], vocabulary, 5),
             "activation": w.value, **example_row(w, reach),
         }
         for rank, r in enumerate(frame.to_dict("records"), 1)
         for number, w in enumerate(found[int(r["feature"])], 1)
     ]  # fmt: skip
-    numbers = ("rank", "feature", "example", "n", "peak")
+    numbers = ("rank", "feature", "example", "n", "alike", "peak")
     texts = ("text", "metric", "label", "raises", "tokens", "activations")
     kinds = {**dict.fromkeys(numbers, pa.int64()), **dict.fromkeys(texts, pa.string())}
     schema = pa.schema([(name, kinds.get(name, pa.float64())) for name in rows[0]])
@@ -148,9 +182,10 @@ def _table(run: Run, chosen: Sae, frame: pd.DataFrame, examples: int, reach: int
 
 def _title(frame: pd.DataFrame, scored: int, null: float) -> str:
     best = frame.iloc[0]
+    last = f"the {len(frame)}th shown of {scored:,} scored with {frame.iloc[-1]['value']:.2f} (at most {null:.2f} by chance)"
     return (
-        f"Latent {int(best['feature'])} is explained best: {RULE_NAMES[best['metric']]} predicts it on other documents with correlation "
-        f"{best['value']:.2f}; the {len(frame)}th of {scored:,} with {frame.iloc[-1]['value']:.2f} (at most {null:.2f} by chance)"
+        f"Latent {int(best['feature'])} is explained best: {RULE_NAMES[best['metric']]} predicts it on other documents with "
+        f"correlation {best['value']:.2f}; {last}"
     )
 
 

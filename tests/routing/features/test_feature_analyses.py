@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import sys
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -124,7 +125,7 @@ def test_without_a_number_the_best_explained_latent_is_shown(run: Run) -> None:
 
 
 def test_top_features_are_those_of_the_best_rule_with_their_examples(run: Run) -> None:
-    result = analyze(run, "top_features", top=3)
+    result = analyze(run, "top_features", top=3, distinct=False)
     frame = result.df()
     assert frame["feature"].tolist() == [0, 0, 1, 1, 2, 2]
     assert frame["example"].tolist() == [1, 2] * 3
@@ -137,6 +138,34 @@ def test_top_features_are_those_of_the_best_rule_with_their_examples(run: Run) -
     assert set(by_token["metric"]) == {"predicted_by_token"}
     assert analyze(run, "top_features", reach=1).df()["text"][0] == " w2⟦é⟧"
     assert len(result.figure().data[0].z) == 6
+
+
+def test_of_latents_that_peak_on_the_same_token_the_best_is_shown(run: Run) -> None:
+    """Every planted example peaks at position 3; in the sequences of even and odd number that is another token."""
+    everything = analyze(run, "top_features", distinct=False).df()
+    shown = analyze(run, "top_features").df()
+    peaks = {
+        int(feature): Counter(
+            token
+            for (token,) in run.store.fetch(
+                """
+                SELECT t.token_id
+                FROM feature_contexts c
+                JOIN tokens t ON t.run_id = c.run_id AND t.sequence_id = c.sequence_id AND t.position = c.position
+                WHERE c.run_id = ? AND c.feature = ? AND c.stratum = 0
+                """,
+                [run.run_id, int(feature)],
+            )
+        )
+        for feature in everything["feature"].unique()
+    }
+    of_token: dict[int, list[int]] = {}
+    for feature in everything["feature"].unique():  # the best first
+        most = max(peaks[feature].items(), key=lambda item: (item[1], -item[0]))[0]
+        of_token.setdefault(most, []).append(int(feature))
+    assert shown["feature"].drop_duplicates().tolist() == [alike[0] for alike in of_token.values()]
+    assert shown.drop_duplicates("feature")["alike"].tolist() == [len(alike) for alike in of_token.values()]
+    assert max(map(len, of_token.values())) > 1
 
 
 def test_families_are_listed_with_what_independence_gives(run: Run) -> None:
