@@ -10,6 +10,7 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import suppress
 
 from moescope.core.errors import InputError, RunError
 
@@ -68,12 +69,14 @@ def _run(words: list[str], prompt: bytes, timeout: float) -> tuple[int, str, str
                 if time.monotonic() > end:
                     raise RunError(f"{words[0]} gave no answer within {timeout:g} seconds")
                 if max(os.fstat(file.fileno()).st_size for file in (out, err)) > _MOST:
-                    raise RunError(f"{words[0]} writes without end", found=f"over {_MOST >> 20} MiB")
+                    raise _endless(words[0])
                 time.sleep(_LOOK)
         finally:
-            if process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
+            with suppress(ProcessLookupError):  # none of the group is left
+                os.killpg(process.pid, signal.SIGKILL)  # what the program started, too
+            process.wait()
+        if max(os.fstat(file.fileno()).st_size for file in (out, err)) > _MOST:
+            raise _endless(words[0])
         out.seek(0)
         err.seek(0)
         return (
@@ -81,3 +84,7 @@ def _run(words: list[str], prompt: bytes, timeout: float) -> tuple[int, str, str
             out.read(_MOST).decode("utf-8", "replace"),
             err.read(_MOST).decode("utf-8", "replace"),
         )
+
+
+def _endless(program: str) -> RunError:
+    return RunError(f"{program} writes without end", found=f"over {_MOST >> 20} MiB")

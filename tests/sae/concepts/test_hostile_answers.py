@@ -91,7 +91,7 @@ def test_what_a_program_starts_ends_with_it(tmp_path: Path) -> None:
 
 ENOUGH = {
     "probe": ["--units", "expert"],
-    "read": ["mine"],
+    "read": ["--sae", "mine"],
     "describe": ["--command", "cat", "--unit", "1"],
     "train": ["--run", "run", "--site", "blocks.1.hook_resid_post", "--spec", "topk:d=32,k=4"],
     "students": ["demo", "--layer", "1"],
