@@ -124,7 +124,7 @@ def feature_set(
 
 def mean_codes(autoencoder: Autoencoder, model: LiveModel, texts: Sequence[str], *, at: At = "last") -> torch.Tensor:
     """[text, latent] code of each text: of its last token, or of the mean of its vectors."""
-    if autoencoder.head is not None or autoencoder.expert is not None:
+    if getattr(autoencoder, "head", None) is not None or autoencoder.expert is not None:
         raise InputError(
             f"{autoencoder.name!r} reads one head or expert alone, and nothing can be steered through it",
             fix="take an autoencoder of the stream, of a sublayer's output, or of all heads",

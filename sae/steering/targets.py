@@ -101,11 +101,8 @@ class LatentTarget(Target):
     def __init__(self, autoencoder: Autoencoder, latent: int) -> None:
         if not 0 <= latent < autoencoder.d_sae:
             raise InputError(f"there is no latent {latent}", expected=f"0 to {autoencoder.d_sae - 1}")
-        if (
-            autoencoder.head is not None
-            or autoencoder.expert is not None
-            or autoencoder.site.tensor in (EXPERT_OUT, EXPERT_POST)
-        ):
+        alone = getattr(autoencoder, "head", None) is not None or autoencoder.expert is not None
+        if alone or autoencoder.site.tensor in (EXPERT_OUT, EXPERT_POST):
             raise InputError(
                 f"{autoencoder.name!r} reads a part of a token's vectors, which gives no number of every token",
                 expected="an autoencoder of the stream, of a sublayer, or of all heads",
