@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import json
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 from moescope.core.errors import InputError
 from moescope.sae.concepts.token_table import TokenTable
+from moescope.sae.data.trained_with import TrainedWith
 from moescope.store.vector_sampling import token_hash
 
 if TYPE_CHECKING:
@@ -61,15 +61,11 @@ def _check(found: NDArray[np.int64], documents: NDArray[np.int64]) -> None:
 
 
 def untrained(run: Run, sae: Autoencoder | None, tokens: TokenTable) -> NDArray[np.int64] | None:
-    """Documents that an autoencoder was not trained on, where it was trained on this run; None where all are."""
-    if sae is None or str(sae.row.get("trained_on") or "") != run.run_id:
+    """Documents that an autoencoder was not trained on, where training saw these texts; None where all are."""
+    if sae is None or not (trained := TrainedWith.of(sae.row)).saw(run):
         return None
-    from moescope.sae.data.split import held_out
-
-    settings = sae.row.get("settings") or {}
-    told: dict[str, Any] = json.loads(settings) if isinstance(settings, str) else settings
     documents = np.unique(tokens.document)
-    found = documents[held_out(documents, told.get("held_out_share", 0.1), told.get("split_seed", 0))]
+    found = documents[trained.left_out(documents)]
     if not len(found):
         raise InputError(
             f"run {run.name!r} has no document that {sae.name!r} was not trained on",

@@ -22,9 +22,10 @@ from moescope.probes.progress import RunProgress
 from moescope.sae.autoencoder import Autoencoder
 from moescope.sae.data.live import site_vectors
 from moescope.sae.data.run_batches import Documents
+from moescope.sae.data.trained_with import TrainedWith
 from moescope.sae.experts.intervals import with_interval
 from moescope.sae.experts.passes import Sums, Walk, whole_sums
-from moescope.sae.experts.run_text import first_position, run_text
+from moescope.sae.experts.run_text import run_text
 from moescope.sae.experts.subject import Router, routers_around, subject_of
 from moescope.sae.experts.writer_rows import excess
 from moescope.store.run import Run
@@ -139,7 +140,7 @@ def ablate_writers(
         raise InputError(f"no expert writes into {subject.written_at}", fix="take an autoencoder behind a router")
     at = sides[0]
     text = run_text(run, autoencoder, documents=documents, tokens=tokens)
-    begin = first_position(autoencoder) if skip_first is None else skip_first
+    begin = TrainedWith.of(autoencoder.row).skip_first if skip_first is None else skip_first
     with claimed(model.module, "ablation of writers"):
         walk = Walk(model, subject, text, [at], [], begin, batch_size, progress)
         sums = whole_sums(walk, {"writes": subject.directions})

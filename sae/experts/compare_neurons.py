@@ -12,8 +12,9 @@ from moescope.probes.live_model import LiveModel
 from moescope.sae.autoencoder import Autoencoder
 from moescope.sae.data.live import site_vectors
 from moescope.sae.data.run_batches import Documents
+from moescope.sae.data.trained_with import TrainedWith
 from moescope.sae.experts.neurons import ExpertNeurons, neurons_as_features, register_neurons
-from moescope.sae.experts.run_text import first_position, run_text
+from moescope.sae.experts.run_text import run_text
 from moescope.store.run import Run
 from moescope.store.store import Store
 
@@ -123,7 +124,7 @@ def _calibrated(
     sizes: list[list[torch.Tensor]] = [[] for _ in units]
     sites = list(dict.fromkeys([autoencoder.site, units[0].site]))
     for batch in text.batches(batch_size):
-        found = site_vectors(model, batch, sites, first=first_position(autoencoder))
+        found = site_vectors(model, batch, sites, first=TrainedWith.of(autoencoder.row).skip_first)
         if not len(found):
             continue
         acts = autoencoder.encode(found[autoencoder.site].vectors.to(autoencoder.device).float())

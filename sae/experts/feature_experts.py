@@ -12,11 +12,12 @@ from moescope.probes.claim import claimed
 from moescope.probes.live_model import LiveModel
 from moescope.sae.autoencoder import Autoencoder
 from moescope.sae.data.run_batches import Documents
+from moescope.sae.data.trained_with import TrainedWith
 from moescope.sae.experts.agreement import agreement_rows
 from moescope.sae.experts.gate_rows import gate_pairs, gate_rows
 from moescope.sae.experts.pair_rows import Rows, Setting
 from moescope.sae.experts.passes import Walk, group_sums, whole_sums
-from moescope.sae.experts.run_text import first_position, run_text
+from moescope.sae.experts.run_text import run_text
 from moescope.sae.experts.subject import routers_around, subject_of
 from moescope.sae.experts.writer_rows import writer_pairs, writer_rows
 from moescope.store.run import Run
@@ -135,7 +136,7 @@ def feature_experts(
     subject = subject_of(autoencoder, model, features)
     writers, gates = routers_around(subject, model, layers)
     text = run_text(run, autoencoder, documents=documents, tokens=tokens)
-    begin = first_position(autoencoder) if skip_first is None else skip_first
+    begin = TrainedWith.of(autoencoder.row).skip_first if skip_first is None else skip_first
     directions = {"writes": subject.directions}
     if encoder and subject.encoder is not None:
         directions["writes_encoder"] = subject.encoder / subject.encoder.norm(dim=-1, keepdim=True).clamp(min=1e-12)

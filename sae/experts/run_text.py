@@ -12,7 +12,7 @@ from moescope.core.errors import InputError
 from moescope.probes.batches import Batch
 from moescope.sae.autoencoder import Autoencoder
 from moescope.sae.data.run_batches import Documents, run_batches
-from moescope.sae.data.split import held_out
+from moescope.sae.data.trained_with import TrainedWith
 from moescope.store.run import Run
 
 _LENGTHS = """
@@ -79,7 +79,7 @@ def run_text(
 
     Args:
         run: with the records of probe `tokens`, of the unedited model.
-        autoencoder: whose training documents are left out where it was trained on this run; None leaves out none.
+        autoencoder: whose training documents are left out where training saw these texts; None leaves out none.
         documents: `held_out`, or `all` to take those too.
         tokens: about so many, from the first on; None for all.
 
@@ -95,12 +95,10 @@ def run_text(
     rows = np.array(run.sql(_LENGTHS).fetchall(), np.int64).reshape(-1, 2)
     if not len(rows) or not rows[:, 1].sum():
         raise InputError(f"run {run.name!r} has no tokens", fix="record it with the probe tokens")
-    own = autoencoder is not None and str(autoencoder.row.get("trained_on") or "") == run.run_id
-    side: Documents = documents if own else "all"
-    settings = (autoencoder.row.get("settings") or {}) if autoencoder is not None else {}
-    share, seed = float(settings.get("held_out_share", 0.1)), int(settings.get("split_seed", 0))
+    trained = TrainedWith() if autoencoder is None else TrainedWith.of(autoencoder.row)
+    side: Documents = documents if autoencoder is not None and trained.saw(run) else "all"
     if side == "held_out":
-        rows = rows[held_out(rows[:, 0], share, seed)]
+        rows = rows[trained.left_out(rows[:, 0])]
         if not rows[:, 1].sum():
             raise InputError(
                 f"run {run.name!r} has no document that {autoencoder.name if autoencoder else ''!r} was not trained on",
@@ -108,9 +106,4 @@ def run_text(
             )
     if tokens is not None:
         rows = rows[np.cumsum(rows[:, 1]) - rows[:, 1] < tokens]
-    return RunText(run, side, share, seed, rows[:, 0], int(rows[:, 1].sum()), tokens)
-
-
-def first_position(autoencoder: Autoencoder) -> int:
-    """First tokens of a sequence that training left out, and so measuring does; 1 where that is not told."""
-    return int((autoencoder.row.get("settings") or {}).get("skip_first", 1))
+    return RunText(run, side, trained.held_out_share, trained.split_seed, rows[:, 0], int(rows[:, 1].sum()), tokens)

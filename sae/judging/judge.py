@@ -21,6 +21,7 @@ from moescope.probes.live_model import LiveModel
 from moescope.probes.progress import RunProgress
 from moescope.sae.autoencoder import Autoencoder
 from moescope.sae.belonging import check_belongs
+from moescope.sae.data.trained_with import TrainedWith
 from moescope.sae.judging.ablation import ablated, ablation_rows, can_ablate
 from moescope.sae.judging.absorption import absorption_rows
 from moescope.sae.judging.controls import Own, Reconstruction, controls_for, principal_components, random_rows
@@ -165,21 +166,21 @@ class _Judging:
 
     def rows(self) -> list[MeasureRow]:
         """Every measure."""
-        settings = self.autoencoder.row.get("settings") or {}
+        trained = self.trained = TrainedWith.of(self.autoencoder.row)
         self.tokens: RunTokens = run_tokens(self.run)
-        first = int(settings.get("skip_first", 1)) if self.skip_first is None else self.skip_first
+        first = trained.skip_first if self.skip_first is None else self.skip_first
         self.split: Split = split(
             self.tokens,
             apart=self.held_out,
             first=first,
-            share=float(settings.get("held_out_share") or 0.1),
-            seed=int(settings.get("split_seed", 0)),
+            share=trained.held_out_share or 0.1,
+            seed=trained.split_seed,
         )
         self._note_split()
         judged, fitted = (
             self._vectors(side, verify=side is self.split.judged) for side in (self.split.judged, self.split.fitted)
         )
-        judged, fitted = self._of_usual_norm(judged, fitted, settings.get("max_norm_ratio"))
+        judged, fitted = self._of_usual_norm(judged, fitted, trained.max_norm_ratio)
         if min(len(judged), len(fitted)) < LEAST:
             raise InputError(
                 f"there are too few vectors at {self.autoencoder.site} to judge {self.autoencoder.name} on",
@@ -312,17 +313,11 @@ class _Judging:
 
     def _note_split(self) -> None:
         judged, fitted = (len(np.unique(self.tokens.document[side])) for side in (self.split.judged, self.split.fitted))
-        row = self.autoencoder.row
-        texts = row.get("corpus_fingerprint")
-        trained_here = str(row.get("trained_on")) == str(self.run.run_id) or (
-            texts is not None and texts == self.run.info["corpus_fingerprint"]
-        )
-        share = (row.get("settings") or {}).get("held_out_share")
         seen = (
             "of a run that it was not trained on"
-            if not trained_here
+            if not self.trained.saw(self.run)
             else "that training left out"
-            if share
+            if self.trained.held_out_share
             else "that training saw too"
         )
         where = (

@@ -1,4 +1,4 @@
-"""Logistic probes on a few numbers, fitted by Newton's method."""
+"""Logistic probes on a few numbers, standardised and held by a small ridge."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from moescope.sae.concepts.logistic import Fit
+from moescope.sae.concepts.logistic import fit_logistic as solve
+
 _RIDGE = 1e-4
-_STEPS = 30
-_STILL = 1e-8
 
 Floats = NDArray[np.floating[Any]]
 
@@ -50,27 +51,12 @@ def fit_logistic(x: Floats, yes: NDArray[np.bool_]) -> Logistic:
     x = x.astype(np.float64, copy=False)
     centre, scale = x.mean(0), x.std(0)
     scale = np.where(scale > 1e-12, scale, 1.0)
-    standard = np.column_stack([(x - centre) / scale, np.ones(len(x))])
     share = float(yes.mean())
-    weights = np.zeros(standard.shape[1])
-    weights[-1] = np.log(share / (1 - share))
-    ridge = np.full(len(weights), _RIDGE)
-    ridge[-1] = 0.0
-    objective = _objective(weights, standard, yes, ridge)
-    for _ in range(_STEPS):
-        p = _sigmoid(standard @ weights)
-        gradient = standard.T @ (p - yes) / len(x) + ridge * weights
-        hessian = (standard * (p * (1 - p))[:, None]).T @ standard / len(x) + np.diag(ridge + 1e-10)
-        step = np.linalg.solve(hessian, gradient)
-        size = 1.0
-        while size > 1e-6 and (new := _objective(weights - size * step, standard, yes, ridge)) > objective:
-            size /= 2  # Newton's step may reach too far where the curve is flat
-        if size <= 1e-6:
-            break
-        weights, objective = weights - size * step, new
-        if float(np.abs(size * step).max()) < _STILL:
-            break
-    return Logistic(weights[:-1], float(weights[-1]), centre, scale)
+    fit = solve(
+        (x - centre) / scale, yes, weights=np.full(len(x), 1 / len(x)), penalty=_RIDGE,
+        start=Fit(np.zeros(x.shape[1]), float(np.log(share / (1 - share)))),
+    )  # fmt: skip
+    return Logistic(fit.coefficients, fit.intercept, centre, scale)
 
 
 def log_losses(scores: Floats, yes: NDArray[np.bool_]) -> Floats:
@@ -88,12 +74,3 @@ def f1_score(guessed: NDArray[np.bool_], yes: NDArray[np.bool_]) -> float:
     """2 · hits ÷ (guessed + yes), 0 where there is neither."""
     total = int(guessed.sum()) + int(yes.sum())
     return 2 * int((guessed & yes).sum()) / total if total else 0.0
-
-
-def _objective(weights: Floats, x: Floats, yes: NDArray[np.bool_], ridge: Floats) -> float:
-    return float(log_losses(x @ weights, yes).mean() + (ridge * weights**2).sum() / 2)
-
-
-def _sigmoid(scores: Floats) -> Floats:
-    found: Floats = np.exp(-np.logaddexp(0.0, -scores))
-    return found

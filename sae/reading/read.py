@@ -12,6 +12,7 @@ import pyarrow as pa
 from moescope.core.errors import InputError
 from moescope.probes.progress import RunProgress
 from moescope.sae.autoencoder import Autoencoder
+from moescope.sae.data.trained_with import TrainedWith
 from moescope.sae.reading.activations import MOST_TRIPLES, Activations, activations
 from moescope.sae.reading.association import Association, associations, sets_of_labels
 from moescope.sae.reading.contexts import contexts
@@ -23,7 +24,7 @@ from moescope.sae.reading.logit_effects import LogitEffects, checked_top, logit_
 from moescope.sae.reading.measure_rows import MEASURES, measure_rows
 from moescope.sae.reading.predictability import predictability
 from moescope.sae.reading.run_text import RunText
-from moescope.sae.reading.sources import check_stored, chosen_text, most_norm, settings, source_of, trained_first
+from moescope.sae.reading.sources import check_stored, chosen_text, source_of
 from moescope.sae.reading.vocabulary import missing_words
 from moescope.store.run import Run
 from moescope.store.sae_rows import write_rows
@@ -128,9 +129,10 @@ def read_features(
     with RunProgress("reading features", len(text), shown=progress) as bar:
         source, live = source_of(autoencoder, run, model, text)
         passed = _Passed(bar, len(text))
-        first = trained_first(autoencoder) if skip_first is None else skip_first
+        trained = TrainedWith.of(autoencoder.row)
+        first = trained.skip_first if skip_first is None else skip_first
         acts = activations(
-            autoencoder, text, source, first_position=first, most_norm=most_norm(autoencoder), most=most, seed=seed, seen=passed
+            autoencoder, text, source, first_position=first, most_norm=trained.max_norm_ratio, most=most, seed=seed, seen=passed
         )  # fmt: skip
     counts = counted(acts, bins=bins)
     examples = contexts(acts, top=top, strata=strata, per_stratum=per_stratum, window=window, seed=seed)
@@ -198,9 +200,10 @@ def associate_features(
     text = chosen_text(autoencoder, run, documents)
     with RunProgress("reading features", len(text), shown=progress) as bar:
         source, _ = source_of(autoencoder, run, model, text)
+        trained = TrainedWith.of(autoencoder.row)
         passed = _Passed(bar, len(text))
         acts = activations(
-            autoencoder, text, source, first_position=trained_first(autoencoder), most_norm=most_norm(autoencoder), seed=seed, seen=passed
+            autoencoder, text, source, first_position=trained.skip_first, most_norm=trained.max_norm_ratio, seed=seed, seen=passed
         )  # fmt: skip
     found = associations(acts, concepts, window=window, seed=seed)
     owner = {"sae_id": autoencoder.sae_id, "run_id": run.run_id}
@@ -273,7 +276,7 @@ def _notes(
         notes.append(
             f"{acts.text.documents:,} of {text.documents:,} documents, drawn at random: activations of all are more than memory shall hold."
         )
-    if (ratio := settings(autoencoder).get("max_norm_ratio")) is not None:
+    if (ratio := TrainedWith.of(autoencoder.row).max_norm_ratio) is not None:
         notes.append(f"As in training, vectors of more than {ratio:g} times the median norm are left out.")
     missing = int((~acts.encoded & (acts.text.position >= first)).sum())
     if missing:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from moescope.core.errors import InputError
 from moescope.sae.autoencoder import Autoencoder
+from moescope.sae.data.trained_with import TrainedWith
 from moescope.sae.reading.run_text import RunText, run_text
 from moescope.sae.reading.vectors import Piece, kept_vectors, live_pieces, recorded_pieces
 from moescope.store.run import Run
@@ -38,25 +39,8 @@ def check_stored(autoencoder: Autoencoder, store: Store) -> None:
         )
 
 
-def settings(autoencoder: Autoencoder) -> Mapping[str, Any]:
-    """Of its training; empty where they are not known."""
-    found: Mapping[str, Any] = autoencoder.row.get("settings") or {}
-    return found
-
-
-def trained_first(autoencoder: Autoencoder) -> int:
-    """First position that training took."""
-    return int(settings(autoencoder).get("skip_first", 1))
-
-
-def most_norm(autoencoder: Autoencoder) -> float | None:
-    """Norm over which training left vectors out, in medians."""
-    found = settings(autoencoder).get("max_norm_ratio")
-    return None if found is None else float(found)
-
-
 def chosen_text(autoencoder: Autoencoder, run: Run, documents: str) -> RunText:
-    """The documents to read: all, or where the run is that of training and `held_out` is asked, those that it left out.
+    """The documents to read: all, or where training saw its texts and `held_out` is asked, those that it left out.
 
     Raises:
         InputError: another word, or no document was left out.
@@ -65,13 +49,10 @@ def chosen_text(autoencoder: Autoencoder, run: Run, documents: str) -> RunText:
         raise InputError(f"documents cannot be {documents!r}", expected="held_out or all")
     text_ids = run.store.fetch("SELECT DISTINCT document_id FROM sequences WHERE run_id = ? ORDER BY 1", [run.run_id])
     ids = np.array([number for (number,) in text_ids], np.int64)
-    if documents == "all" or str(autoencoder.row.get("trained_on") or "") != run.run_id or not len(ids):
+    trained = TrainedWith.of(autoencoder.row)
+    if documents == "all" or not trained.saw(run) or not len(ids):
         return run_text(run)
-    from moescope.sae.data.split import held_out
-
-    told = settings(autoencoder)
-    share = told.get("held_out_share")
-    out = held_out(ids, share=0.1 if share is None else float(share), seed=int(told.get("split_seed", 0)))
+    out = trained.left_out(ids)
     if not out.any():
         raise InputError(
             f"no document of run {run.name!r} was held out of training",
