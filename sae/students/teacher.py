@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,9 +19,10 @@ from moescope.core.sites import Site
 from moescope.probes.anatomy import Sublayer
 from moescope.probes.batches import Batch, Sequence
 from moescope.probes.corpus import Document
-from moescope.probes.forward import inputs_of, named_arguments, to_device
+from moescope.probes.forward import to_device
 from moescope.probes.live_model import LiveModel
 from moescope.probes.progress import RunProgress
+from moescope.probes.stopping import run_until
 from moescope.probes.taps import tapped
 from moescope.store.run import Run
 
@@ -35,10 +36,6 @@ _SEQUENCES_SQL = """
 """
 _ROWS = 8
 _CHUNK = 1024
-
-
-class _Enough(Exception):  # noqa: N818  no error: the pass has given what it was made for
-    """Ends a forward pass after the last block that is needed."""
 
 
 @dataclass(frozen=True)
@@ -172,9 +169,8 @@ class Teacher:
         positions = torch.arange(on_device.ids.shape[1], device=on_device.mask.device)
         wanted = (on_device.mask & (positions >= skip)).cpu()
         seen: dict[str, torch.Tensor] = {}
-        less = {"logits_to_keep": 1} if "logits_to_keep" in named_arguments(self.model.module) else {}
-        with self._watched(seen, also), suppress(_Enough):
-            self.model.module(**inputs_of(self.model, on_device), **less)
+        with self._watched(seen, also):
+            run_until(self.model, on_device, max(self.sublayer.layer, 0 if also is None else also.layer))
         names = ["x", "y", *(["other"] if also is not None else [])]
         if missing := [name for name in names if name not in seen]:
             raise RunError(
@@ -184,7 +180,7 @@ class Teacher:
 
     @contextmanager
     def _watched(self, seen: dict[str, torch.Tensor], also: Site | None) -> Iterator[None]:
-        """Keep what passes, and end the pass after the block."""
+        """Keep what passes."""
 
         def keep(_module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any], output: Any) -> None:
             seen["x"] = (inputs[0] if inputs else next(iter(named.values()))).float().cpu()
@@ -193,16 +189,10 @@ class Teacher:
         def receive(_site: Site, tensors: dict[str, torch.Tensor]) -> None:
             seen["other"] = next(iter(tensors.values())).float().cpu()
 
-        def end(*_: Any) -> None:
-            raise _Enough
-
         with ExitStack() as stack:
             stack.callback(self.module.register_forward_hook(keep, with_kwargs=True).remove)
             if also is not None:
                 stack.enter_context(tapped(self.model.module, self.model.anatomy, [also], receive))
-            if also is None or also.layer <= self.sublayer.layer:
-                last = self.model.module.get_submodule(self.model.anatomy.block_paths[self.sublayer.layer])
-                stack.callback(last.register_forward_hook(end).remove)  # after the taps' own hooks on it
             yield
 
 
