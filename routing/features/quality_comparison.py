@@ -48,8 +48,8 @@ def sae_comparison(run: Run, *, site: str | None = None) -> Result:
     best = sizes.loc[sizes["fvu"].idxmin()]
     ahead = int(table.drop_duplicates("sae")["frontier"].sum())
     return Result(
-        title=f"Of {len(sizes):,} autoencoder{'s' * (len(sizes) != 1)} at {where}, {best['sae']} leaves least variance: {100 * best['fvu']:.3g} % with "
-        f"{best['l0']:.3g} latents a vector; {ahead:,} on the frontier of FVU and L0",
+        title=f"Of {len(sizes):,} autoencoder{'s' * (len(sizes) != 1)} at {where}, {best['sae']} leaves least variance: "
+        f"{100 * best['fvu']:.3g} % with {best['l0']:.3g} latents a vector; {ahead:,} on the frontier of FVU and L0",
         table=pa.Table.from_pandas(table, preserve_index=False),
         draw=_draw,
         n=len(sizes),
