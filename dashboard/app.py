@@ -8,17 +8,24 @@ import dash
 
 from moescope.core.pages import pages
 from moescope.dashboard import guards, shell
+from moescope.dashboard.answers import Answers
+from moescope.dashboard.model_host import ModelHost
+from moescope.dashboard.panel import panel_callbacks
+from moescope.dashboard.services import Services, provide
+from moescope.dashboard.work import Work
 from moescope.store.store import Store
 
 DEFAULT_PORT = 8050
 
 
-def create_app(store: Store, *, port: int = DEFAULT_PORT) -> dash.Dash:
+def create_app(store: Store, *, port: int = DEFAULT_PORT, model: str | None = None, why_not: str = "") -> dash.Dash:
     """The dashboard over a store, ready to serve.
 
     Args:
-        store: open, best read-only; the app never writes to it.
+        store: open; where it is open for reading only, nothing can be recorded or saved from a page.
         port: where it will listen; requests that name another address are refused.
+        model: what the lab loads, as `moescope.load` takes it; None leaves the choice to the page.
+        why_not: why the store could not be opened for writing, for the pages that would write.
 
     Example:
         >>> import pathlib, tempfile
@@ -39,8 +46,12 @@ def create_app(store: Store, *, port: int = DEFAULT_PORT) -> dash.Dash:
         assets_folder=str(Path(__file__).parent / "assets"),
     )
     app.server.config["COMPRESS_STREAMS"] = False  # files of assets/ are small, and flask-compress leaves them open
+    answers = Answers(store)
+    work = Work(after=lambda _job: answers.forget())
+    provide(app, Services(store, answers, ModelHost(model), work, not store.read_only, why_not))
     app.layout = shell.layout(store)
     shell.callbacks(app, store)
+    panel_callbacks(app, store, answers)
     for page in pages:
         if page.callbacks is not None:
             page.callbacks(app, store)

@@ -86,7 +86,7 @@ def layout(store: Store) -> Any:
         navbar={"width": {"base": 56, "lg": 216}, "breakpoint": 0},
         padding=0,
     )
-    stores = [dcc.Store(id=name) for name in ("frame-key", "active", "go-to")]
+    stores = [dcc.Store(id=name) for name in ("frame-key", "active", "go-to", "panels-seen")]
     return dmc.MantineProvider(
         [dcc.Location(id="url", refresh=False), *stores, shell], theme=_THEME, defaultColorScheme="auto"
     )
@@ -106,6 +106,10 @@ def callbacks(app: dash.Dash, store: Store) -> None:
     in_browser(app, "settle", Input("active", "data"))
     in_browser(app, "pick_run", Input("run-picker", "value"), State("active", "data"))
     in_browser(app, "go_to", Input("go-to", "data"))
+    control = {"url": dash.ALL}
+    defaults = State({"defaults": dash.ALL}, "data")
+    in_browser(app, "fill", Output(control, "value"), Input("url", "search"), State(control, "id"), defaults)
+    in_browser(app, "control", Input(control, "value"), State(control, "id"), defaults)
     in_browser(app, "forget_failure", Output("failure", "children"), Input("url", "search"), Input("url", "pathname"))
 
     @app.callback(

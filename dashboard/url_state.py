@@ -6,16 +6,22 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, get_args
-from urllib.parse import parse_qsl, quote
+from urllib.parse import parse_qsl, quote_plus
 
 from moescope.core.errors import InputError
 
 Mode = Literal["pins", "weight", "margin", "entropy", "nll", "norm"]
 MODES: tuple[Mode, ...] = get_args(Mode)
 MAX_PINS = 8
+MAX_EDITS = 64
+MAX_REST = 24
+MAX_TEXT = 8000
+SELECTION = ("run", "layer", "expert", "head", "token", "sae", "feature", "edits")
 
 _WHOLE = re.compile(r"\d{1,15}", re.ASCII)
 _SIGNED = re.compile(r"-?\d{1,9}", re.ASCII)
+_OWN = re.compile(r"[a-z][a-z0-9_]{0,31}", re.ASCII)
+_PLAIN = ".=,;:/"  # as they are: safe behind the first equals sign, and easier to read
 _PLACE = re.compile(r"(?P<layer>\d{1,5})(?:\.(?P<block>[a-z]+(?:\.\d+)?))?", re.ASCII)
 
 
@@ -46,6 +52,12 @@ class ViewState:
         pins: experts that carry a colour; empty for the page's own choice.
         q: text searched for in the view.
         page: 1-based page of a long run.
+        head: attention head in focus, of `layer`.
+        sae: name of the autoencoder in focus.
+        feature: its latent in focus.
+        edits: the intervention being made, one edit in one line each, as `moescope.core.edit_text` reads them.
+        other: name of the run that is compared with `run`.
+        rest: what only one page reads (a tab, a measure, a parameter of an analysis), by name, in alphabetical order.
 
     Example:
         >>> encode(ViewState(run="base", layer=Layer(3), expert=7))
@@ -65,6 +77,29 @@ class ViewState:
     pins: tuple[int, ...] = ()
     q: str = ""
     page: int = 1
+    head: int | None = None
+    sae: str | None = None
+    feature: int | None = None
+    edits: tuple[str, ...] = ()
+    other: str | None = None
+    rest: tuple[tuple[str, str], ...] = ()
+
+    def given(self, name: str, default: str = "") -> str:
+        """A parameter that only one page reads, as text; `default` where the address has none."""
+        return dict(self.rest).get(name, default)
+
+    def whole(self, name: str, default: int) -> int:
+        """A whole number from 0 that only one page reads. Raises `InputError` for anything else."""
+        return _whole(name, text) if (text := self.given(name)) else default
+
+    def with_rest(self, **given: str | int | float | None) -> ViewState:
+        """The same view with some of its page's own parameters changed; None or empty text removes one."""
+        merged = dict(self.rest) | {name: "" if value is None else str(value) for name, value in given.items()}
+        return replace(self, rest=tuple(sorted((name, value) for name, value in merged.items() if value != "")))
+
+    def selection(self) -> ViewState:
+        """What all pages share: run, layer, expert, head, token, autoencoder, feature and the intervention being made."""
+        return ViewState(**{name: getattr(self, name) for name in SELECTION})
 
     def but(self, **changes: Any) -> ViewState:
         """The same view with some fields changed."""
@@ -73,24 +108,23 @@ class ViewState:
 
 def encode(state: ViewState) -> str:
     """The query string of a state, `?` included; fields at their default are left out, so the plain view is ""."""
-    parts = [
-        f"{field.name}={quote(_written(getattr(state, field.name)), safe='.')}"
-        for field in fields(ViewState)
-        if getattr(state, field.name) != field.default
-    ]
+    values = {field.name: getattr(state, field.name) for field in fields(ViewState) if field.name != "rest"}
+    defaults = {field.name: field.default for field in fields(ViewState)}
+    written = [(name, _written(name, value)) for name, value in values.items() if value != defaults[name]]
+    parts = [f"{name}={quote_plus(text, safe=_PLAIN)}" for name, text in (*written, *state.rest)]
     return "?" + "&".join(parts) if parts else ""
 
 
 def decode(search: str | None) -> ViewState:
-    """Read a query string. Parameters of other programs are ignored.
+    """Read a query string. What no field reads is kept for the page (`rest`), where it has the form of a parameter.
 
     Raises:
         InputError: a parameter has a value that it cannot have.
     """
     given = dict(parse_qsl((search or "").removeprefix("?"), keep_blank_values=True, errors="replace"))
-    return ViewState(
-        **{name: _READERS[name](name, text) for name, text in given.items() if name in _READERS and text != ""}
-    )
+    known = {name: _READERS[name](name, text) for name, text in given.items() if name in _READERS and text != ""}
+    rest = [(n, t) for n, t in given.items() if n not in _READERS and _OWN.fullmatch(n) and 0 < len(t) <= MAX_TEXT]
+    return ViewState(**known, rest=tuple(sorted(rest)[:MAX_REST]))
 
 
 def link(path: str, state: ViewState) -> str:
@@ -98,8 +132,8 @@ def link(path: str, state: ViewState) -> str:
     return path + encode(state)
 
 
-def _written(value: object) -> str:
-    return ".".join(map(str, value)) if isinstance(value, tuple) else str(value)
+def _written(name: str, value: object) -> str:
+    return (";" if name == "edits" else ".").join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
 def _refusal(name: str, text: str, expected: str) -> InputError:
@@ -149,6 +183,13 @@ def _pins(name: str, text: str) -> tuple[int, ...]:
     return pins
 
 
+def _edits(name: str, text: str) -> tuple[str, ...]:
+    edits = tuple(edit.strip() for edit in text.split(";") if edit.strip())
+    if len(edits) > MAX_EDITS:
+        raise _refusal(name, text, f"at most {MAX_EDITS} edits")
+    return edits
+
+
 def _text(_name: str, text: str) -> str:
     return text
 
@@ -165,4 +206,9 @@ _READERS: dict[str, Callable[[str, str], Any]] = {
     "pins": _pins,
     "q": _text,
     "page": _page,
+    "head": _whole,
+    "sae": _text,
+    "feature": _whole,
+    "edits": _edits,
+    "other": _text,
 }

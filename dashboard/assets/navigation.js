@@ -5,8 +5,12 @@
   const RESETS = { label: ["page", "token"], sequence: ["page", "token"], layer: ["expert", "piece", "pins"] };
   const wasOpen = {};
 
+  /* What is safe behind the first equals sign stays as it was typed. */
+  const PLAIN = { "%3D": "=", "%2C": ",", "%3B": ";", "%3A": ":", "%2F": "/" };
+  const readable = (query) => query.replace(/%(3D|2C|3B|3A|2F)/g, (code) => PLAIN[code]);
+
   function go(pathname, params, replace) {
-    const query = params.toString();
+    const query = readable(params.toString());
     const href = pathname + (query ? "?" + query : "");
     if (href === window.location.pathname + window.location.search) return;
     window.history[replace ? "replaceState" : "pushState"]({}, "", href);
@@ -70,12 +74,14 @@
         return text === current ? no() : text;
       },
       /* Address → controls. */
-      fill(search, ids, defaults) {
+      fill(search, ids, every) {
+        const defaults = Object.assign({}, ...every);
         const params = new URLSearchParams(search || "");
         return ids.map(({ url }) => (params.has(url) ? shaped(params.get(url), defaults[url]) : defaults[url]));
       },
       /* Controls → address. */
-      control(values, ids, defaults) {
+      control(values, ids, every) {
+        const defaults = Object.assign({}, ...every);
         const params = new URLSearchParams(window.location.search);
         ids.forEach(({ url }, i) => {
           const text = written(values[i]);

@@ -46,7 +46,7 @@ def layout(run: Run, state: ViewState) -> Any:
             dcc.Store(id="paint-wanted", data=_PAINT),
             dcc.Store(id="token-wanted", data=["token"]),
             dcc.Store(id="token-parts", data=["token"]),
-            dcc.Store(id="token-defaults", data=defaults(run, known, modes)),
+            dcc.Store(id={"defaults": "tokens"}, data=defaults(run, known, modes)),
             dcc.Store(id="token-palette", data=palette()),
             controls(run, known, modes),
             html.Div(id="token-notice"),
@@ -75,16 +75,6 @@ def callbacks(app: dash.Dash, store: Store) -> None:
         in_browser(
             app, "slice", Output(target, "data"), Input("url", "search"), State(wanted, "data"), State(target, "data")
         )
-    control = {"url": dash.ALL}
-    in_browser(
-        app,
-        "fill",
-        Output(control, "value"),
-        Input("url", "search"),
-        State(control, "id"),
-        State("token-defaults", "data"),
-    )
-    in_browser(app, "control", Input(control, "value"), State(control, "id"), State("token-defaults", "data"))
     in_browser(app, "closed", Input("token-drawer", "opened"), State("token-parts", "data"))
     in_browser(
         app,

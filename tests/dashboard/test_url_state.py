@@ -23,6 +23,12 @@ states = st.builds(
     pins=st.lists(st.integers(-9, 999), max_size=8, unique=True).map(tuple),
     q=st.just("") | text,
     page=st.integers(1, 10**6),
+    head=st.none() | whole,
+    sae=st.none() | text,
+    feature=st.none() | whole,
+    edits=st.lists(st.sampled_from(["ablate layer=3 experts=5,9", "mask_head layer=2 heads=1"]), max_size=4).map(tuple),
+    other=st.none() | text,
+    rest=st.dictionaries(st.sampled_from(["tab", "slots", "sql"]), text).map(lambda d: tuple(sorted(d.items()))),
 )
 
 
@@ -44,8 +50,25 @@ def test_the_plain_view_has_no_parameters_and_defaults_are_left_out() -> None:
     assert link("/tokens", ViewState(layer=Layer(3, "attn"))) == "/tokens?layer=3.attn"
 
 
-def test_parameters_of_other_programs_are_ignored() -> None:
-    assert decode("?utm_source=x&layer=2&__proto__=1") == ViewState(layer=Layer(2))
+def test_what_no_field_reads_is_kept_for_the_page_or_ignored() -> None:
+    assert decode("?tab=x&layer=2&__proto__=1&A=1") == ViewState(layer=Layer(2), rest=(("tab", "x"),))
+    assert decode("?slots=4").whole("slots", 9) == 4
+    assert decode("").whole("slots", 9) == 9
+    with pytest.raises(InputError, match="slots"):
+        decode("?slots=many").whole("slots", 9)
+
+
+def test_the_selection_is_what_pages_share() -> None:
+    state = decode("?run=a&layer=2&expert=1&mode=nll&q=x&tab=y&edits=ablate+layer=3+experts=5;top_k+k=1")
+    assert encode(state.selection()) == "?run=a&layer=2&expert=1&edits=ablate+layer=3+experts=5;top_k+k=1"
+
+
+def test_own_parameters_are_changed_and_removed() -> None:
+    state = decode("?tab=y").with_rest(slots=4, tab=None)
+    assert state.rest == (("slots", "4"),)
+
+
+def test_parameters_without_a_value_are_the_default() -> None:
     assert decode("") == decode(None) == decode("?") == ViewState()
 
 
