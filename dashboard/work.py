@@ -10,17 +10,19 @@ import queue
 import threading
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Literal
 
 from moescope.core.errors import MoescopeError
+from moescope.core.progress import watched
 
 _LOG = logging.getLogger("moescope.dashboard")
 State = Literal["waiting", "running", "done", "failed", "cancelled"]
 
 
-class Cancelled(BaseException):
-    """The user cancelled the work; not an Exception, so that nothing on the way takes it for a failure."""
+class Cancelled(KeyboardInterrupt):
+    """The user cancelled the work; long work ends in order on it, as after Ctrl-C."""
 
 
 @dataclass
@@ -31,7 +33,7 @@ class Job:
         number: 1, 2, … in the order of starting.
         title: what it does, for instance "profile of demo".
         state: where it stands.
-        done, total, unit: how far it is; total None where that is not known.
+        done, total: how far it is; total None where that is not known.
         words: the step it is at.
         link: where its result is shown.
         problem: why it failed.
@@ -43,7 +45,6 @@ class Job:
     state: State = "waiting"
     done: float = 0
     total: float | None = None
-    unit: str = ""
     words: str = ""
     link: str | None = None
     problem: MoescopeError | Exception | None = None
@@ -56,12 +57,20 @@ class Job:
         """Whether nothing more will happen."""
         return self.state in ("done", "failed", "cancelled")
 
-    def tell(self, done: float, total: float | None = None, *, unit: str = "", words: str = "") -> None:
+    @property
+    def stopping(self) -> bool:
+        """Whether the user cancelled it."""
+        return self._stop.is_set()
+
+    def tell(self, done: float, total: float | None = None, *, words: str = "") -> None:
         """Say how far the work is. Raises `Cancelled` where the user asked for it."""
         if self._stop.is_set():
             raise Cancelled
-        self.done, self.total = done, total
-        self.unit, self.words = unit or self.unit, words or self.words
+        self.done, self.total, self.words = done, total, words or self.words
+
+    def watch(self) -> AbstractContextManager[None]:
+        """Follow the progress that the work done inside tells, and stop it at its next step once it is cancelled."""
+        return watched(lambda what, done, total, words: self.tell(done, total, words=f"{what} · {words}".strip(" ·")))
 
 
 Task = Callable[[Job], str | None]
@@ -121,11 +130,11 @@ class Work:
         try:
             job.link = task(job)
             job.state = "done"
-        except Cancelled:
+        except KeyboardInterrupt:
             job.state = "cancelled"
         except MoescopeError as refused:
             job.problem, job.state = refused, "failed"
-        except Exception as error:  # whatever it was, the page must say so, and the next job must have its turn
+        except Exception as error:  # noqa: BLE001  whatever it was, the page must say so, and the next job have its turn
             _LOG.exception("%s failed", job.title)
             job.problem, job.state = error, "failed"
         job.ended = time.time()

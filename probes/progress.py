@@ -7,6 +7,8 @@ from types import TracebackType
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from moescope.core.progress import tell
+
 
 class RunProgress:
     """A bar over the characters of a corpus, with tokens a second.
@@ -28,12 +30,14 @@ class RunProgress:
             TimeRemainingColumn(),
         )
         self._bar = Progress(*columns, console=Console(stderr=True), disable=not shown)
-        self._task = self._bar.add_task(label, total=max(total, 1), speed="")
+        self._label, self._total = label, max(total, 1)
+        self._task = self._bar.add_task(label, total=self._total, speed="")
 
     def advance_to(self, characters: int, tokens: int, seconds: float) -> None:
         """Say how many characters and tokens are done after so many seconds."""
         speed = f"{tokens:,} tokens, {tokens / seconds:,.0f}/s" if seconds > 0 else ""
         self._bar.update(self._task, completed=characters, speed=speed)
+        tell(self._label, characters, self._total, speed)
 
     def __enter__(self) -> RunProgress:
         self._bar.start()

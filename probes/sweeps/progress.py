@@ -7,6 +7,8 @@ from types import TracebackType
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from moescope.core.progress import tell
+
 
 class SweepProgress:
     """A bar over the pairs of an intervention and a sequence, with the interventions done.
@@ -38,7 +40,9 @@ class SweepProgress:
         """Say that so many pairs more are done."""
         self._pairs += pairs
         done = self._pairs // self._sequences
-        self._bar.update(self._task, completed=self._pairs, state=f"{done:,} of {self._variants:,} {self._label}")
+        state = f"{done:,} of {self._variants:,} {self._label}"
+        self._bar.update(self._task, completed=self._pairs, state=state)
+        tell(self._label, self._pairs, self._variants * self._sequences, state)
 
     def __enter__(self) -> SweepProgress:
         self._bar.start()

@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Protocol
 
+from moescope.core.progress import tell
+
 
 class Count(Protocol):
     """Says that so many more are done."""
@@ -39,7 +41,12 @@ def counted(label: str, total: int, *, shown: bool) -> Iterator[Count]:
     with Progress(*columns, console=Console(stderr=True), disable=not shown) as bar:
         task = bar.add_task(label, total=max(total, 1))
 
+        counted = 0
+
         def count(done: int = 1, /) -> None:
+            nonlocal counted
+            counted += done
             bar.advance(task, done)
+            tell(label, counted, max(total, 1))
 
         yield count

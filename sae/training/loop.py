@@ -108,7 +108,10 @@ def fit(
             if step % note == 0 or step == steps:
                 for trainee, output in zip(trainees, outputs, strict=True):
                     trainee.curve.append(trainee.measure(output))
-            bar.at(step, outputs)
+            try:
+                bar.at(step, outputs)
+            except KeyboardInterrupt:  # of who watches; after the next step a checkpoint is written
+                stopped.set()
             if keep or asked:
                 checkpoints.write(step, trainees, batches.state(), time.monotonic() - began)
                 saved = step

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.progress import Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Column
 
+from moescope.core.progress import tell
 from moescope.sae.training.trainee import Trainee
 
 _SECONDS = 1.0
@@ -37,17 +38,20 @@ class TrainingProgress:
             TimeRemainingColumn(),
         )
         self._bar = Progress(*columns, console=Console(stderr=True), disable=not shown)
-        self._trainees, self._size, self._shown = trainees, batch_size, shown
+        self._trainees, self._size, self._steps, self._shown = trainees, batch_size, steps, shown
         self._tasks = [self._bar.add_task(t.name, total=steps, completed=first, told="") for t in trainees]
         self._began, self._first, self._told = time.monotonic(), first, 0.0
 
     def at(self, step: int, outputs: Sequence[Any]) -> None:
         """Say how far it is, at most once a second."""
         now = time.monotonic()
-        if not self._shown or now - self._told < _SECONDS:
+        if now - self._told < _SECONDS:
             return
         self._told = now
         speed = (step - self._first) * self._size / max(now - self._began, 1e-9)
+        tell("training", step, self._steps, f"{speed:,.0f} vectors/s")
+        if not self._shown:
+            return
         for task, trainee, output in zip(self._tasks, self._trainees, outputs, strict=True):
             m = trainee.measure(output)
             told = (
