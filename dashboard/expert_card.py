@@ -1,210 +1,166 @@
-"""The expert card: how much one expert takes, from which texts, how large its output gets, and on which tokens."""
+"""The expert card: what plain queries tell comes at once, each finding of an analysis when it is there."""
 
 from __future__ import annotations
 
 from typing import Any
 
+import dash
 import dash_mantine_components as dmc
-from dash import html
+from dash import MATCH, Input, Output, State, dcc, html
 
-from moescope.dashboard import cards, numbers
-from moescope.dashboard.passage import passage
-from moescope.dashboard.records import Router, expert_name, layer_of
-from moescope.dashboard.token_text import PieceReader
-from moescope.dashboard.url_state import ViewState, link
-from moescope.routing.context import pieces
+from moescope.core.errors import MoescopeError
+from moescope.dashboard import cards, expert_counts, expert_findings, expert_records, numbers
+from moescope.dashboard.answers import Answers
+from moescope.dashboard.browser import in_browser
+from moescope.dashboard.expert_findings import READS_ALL, SECTIONS
+from moescope.dashboard.expert_parts import quiet, reason
+from moescope.dashboard.records import Router, find_router, layer_of, routers
+from moescope.dashboard.services import services_of
+from moescope.dashboard.url_state import Layer, ViewState, decode, link
 from moescope.store.run import Run
+from moescope.store.store import Store
 
-_TOP_PIECES = 20
+_QUERIES = {"tokens": ("Top tokens", expert_counts.top_pieces), "contexts": ("Contexts", expert_counts.contexts)}
+_WIDE = "wide-"
+"""Before the ids of the full card: the panel's card may leave the page in the same moment."""
+_NO_SHARED = {
+    "labels": "is nothing to compare over labels",
+    "tokens": "is no choice to count",
+    "contexts": "is no choice to show",
+    "partners": "are no partners",
+    "path": "is no path",
+    "importance": "is no rank among routed experts",
+    "ablation": "is no sweep of it",
+    "rules": "the rules compare it with all others",
+}
 
 
-def expert_card(run: Run, router: Router, known: list[Router], expert: int) -> Any:
-    """Everything recorded of one expert, each count a link to its tokens."""
+def expert_card(run: Run, router: Router, known: list[Router], expert: int, *, wide: bool = False) -> Any:
+    """Everything recorded of one expert, each count a link to its tokens.
+
+    Args:
+        run: whose expert.
+        router: of which router.
+        known: all routers of the run.
+        expert: its id; negative for a shared one.
+        wide: as a page of its own, its parts side by side.
+    """
     here = ViewState(run=run.name, layer=layer_of(router, known), expert=expert)
-    return dmc.Stack(
-        [
-            _load(run, router, here),
-            _by_label(run, router, here),
-            _output(run, router, here),
-            _top_pieces(run, router, here),
-            dmc.Group(
-                [
-                    dmc.Anchor("Its tokens, highlighted →", href=link("/tokens", here), size="sm"),
-                    dmc.Anchor(f"All of {router.name} →", href=link("/tokens", here.but(expert=None)), size="sm"),
-                ],
-                gap="md",
-            ),
-        ],
-        gap="lg",
-    )
-
-
-def _load(run: Run, router: Router, here: ViewState) -> Any:
-    tokens, decisions = run.store.fetch(
-        """
-        SELECT coalesce(sum(tokens) FILTER (expert = $expert), 0)::BIGINT, sum(tokens) FILTER (expert >= 0)::BIGINT
-        FROM loads
-        WHERE run_id = $run AND layer = $layer AND block = $block
-        """,
-        {"run": run.run_id, "layer": router.layer, "block": router.block, "expert": here.expert},
-    )[0]
-    if not decisions:
-        return cards.section("Load", dmc.Text("Not recorded.", className="muted"))
-    fair = tokens / decisions * router.experts
-    return dmc.SimpleGrid(
-        [
-            cards.value_card(
-                "Share of decisions",
-                numbers.share(tokens, decisions),
-                f"{numbers.count(tokens)} of {numbers.count(decisions)}",
-                href=link("/tokens", here),
-            ),
-            cards.value_card("Load ÷ fair share", numbers.ratio(fair), f"fair: 1 of {router.experts} experts"),
-        ],
-        cols=2,
-        spacing="sm",
-    )
-
-
-def _by_label(run: Run, router: Router, here: ViewState) -> Any:
-    rows = run.store.fetch(
-        """
-        SELECT
-            label,
-            coalesce(sum(tokens) FILTER (expert = $expert), 0)::BIGINT AS mine,
-            sum(tokens)::BIGINT AS decisions
-        FROM loads
-        WHERE run_id = $run AND layer = $layer AND block = $block AND expert >= 0
-        GROUP BY label
-        HAVING sum(tokens) > 0
-        ORDER BY mine / decisions DESC, label
-        """,
-        {"run": run.run_id, "layer": router.layer, "block": router.block, "expert": here.expert},
-    )
-    if not rows or all(label is None for label, _, _ in rows):
-        return cards.section("By label", dmc.Text("The texts of this run carry no labels.", className="muted"))
-    largest = max(mine / decisions for _, mine, decisions in rows) or 1.0
-    body = [
-        dmc.TableTr(
-            [
-                dmc.TableTd(_label(label, here), className="foreign"),
-                dmc.TableTd(
-                    html.Div(
-                        html.Div(className="bar-fill", style={"width": f"{100 * mine / decisions / largest:.1f}%"}),
-                        className="bar",
-                    )
-                ),
-                dmc.TableTd(numbers.share(mine, decisions), className="number"),
-                dmc.TableTd(f"{numbers.count(mine)}/{numbers.count(decisions)}", className="number soft"),
-            ]
-        )
-        for label, mine, decisions in rows
+    large = run.rows("routing") > expert_records.LONG
+    parts = [
+        expert_counts.load(run, router, here),
+        expert_counts.output(run, router, here),
+        *(_later(run, router, here, name, large=large, wide=wide) for name in ("labels", "tokens", "contexts", *_REST)),
     ]
-    return cards.section(
-        "By label",
-        _table(["label", "", "share", "n/N"], body),
-        note="Share of the label's decisions that name this expert.",
+    body = html.Div([html.Div(part, className="card-part") for part in parts], className="card-parts")
+    return html.Div(
+        [_actions(router, here, wide=wide), body], className="expert-card wide-card" if wide else "expert-card"
     )
 
 
-def _label(label: str | None, here: ViewState) -> Any:
-    return "(no label)" if label is None else dmc.Anchor(label, href=link("/tokens", here.but(label=label)), size="sm")
+_REST = ("partners", "path", "importance", "ablation", "latents", "rules")
 
 
-def _output(run: Run, router: Router, here: ViewState) -> Any:
-    found = run.store.fetch(
-        """
-        SELECT output_norm_mean, max_abs_out, max_abs_channel, max_abs_token, weight_sum, tokens
-        FROM experts
-        WHERE run_id = ? AND layer = ? AND block = ? AND expert = ?
-        """,
-        [run.run_id, router.layer, router.block, here.expert],
-    )
-    if not found:
-        return cards.section(
-            "Output", dmc.Text("Not recorded: the run has no rows in `experts` for it.", className="muted")
-        )
-    norm, peak, channel, token, weight, tokens = found[0]
-    if not tokens:
-        return cards.section("Output", dmc.Text("Never chosen, so it gave no output.", className="muted"))
-    parts: list[Any] = [
-        cards.facts(
-            [
-                ("Mean L2 norm", numbers.decimal(norm)),
-                ("Mean weight", numbers.decimal(weight / tokens)),
-                (
-                    "Largest |output|",
-                    f"{numbers.decimal(peak)} in channel {channel}" if peak is not None else "not recorded",
-                ),
-            ]
-        )
+def _actions(router: Router, here: ViewState, *, wide: bool) -> Any:
+    """Where to go from here: tokens, lab, comparison, the other size of the card."""
+    expert = here.expert or 0
+    size = _WIDE if wide else ""
+    parts = [
+        dmc.Anchor("Its tokens, highlighted →", href=link("/tokens", here), size="sm"),
+        dmc.Anchor(f"All of {router.name} →", href=link("/tokens", here.but(expert=None)), size="sm"),
     ]
-    if token is not None and token >= 0:
-        parts.append(
-            dmc.Box(
-                [
-                    dmc.Text(
-                        [
-                            "at token ",
-                            dmc.Anchor(numbers.count(token), href=link("/tokens", here.but(token=token)), size="sm"),
-                            ":",
-                        ],
-                        className="muted",
-                    ),
-                    passage(run, token),
-                ]
-            )
-        )
-    return cards.section("Output", dmc.Stack(parts, gap="xs"), note="Before the router's weight, over all its tokens.")
-
-
-def _top_pieces(run: Run, router: Router, here: ViewState) -> Any:
-    rows = run.store.fetch(
-        """
-        WITH mine AS (
-            SELECT t.token_id, count(*) AS n
-            FROM routing r
-            JOIN tokens t ON t.run_id = r.run_id AND t.token = r.token
-            WHERE r.run_id = $run AND r.layer = $layer AND r.block = $block AND list_contains(r.experts, $expert)
-            GROUP BY t.token_id
-            ORDER BY n DESC, t.token_id
-            LIMIT $limit
-        )
-        SELECT mine.token_id, mine.n, count(*)
-        FROM mine
-        JOIN tokens t ON t.run_id = $run AND t.token_id = mine.token_id
-        GROUP BY mine.token_id, mine.n
-        ORDER BY mine.n DESC, mine.token_id
-        """,
-        {"run": run.run_id, "layer": router.layer, "block": router.block, "expert": here.expert, "limit": _TOP_PIECES},
-    )
-    if not rows:
-        return cards.section("Tokens", dmc.Text("No recorded decision names it.", className="muted"))
-    reader = PieceReader(pieces(run))
-    body = [
-        dmc.TableTr(
-            [
-                dmc.TableTd(html.Span(reader.alone(token_id), className="piece foreign")),
-                dmc.TableTd(
-                    dmc.Anchor(numbers.count(n), href=link("/tokens", here.but(piece=token_id)), size="sm"),
-                    className="number",
-                ),
-                dmc.TableTd(f"{numbers.share(n, total)} of {numbers.count(total)}", className="number soft"),
-            ]
-        )
-        for token_id, n, total in rows
-    ]
-    note = f"Most frequent first; beside it, the share of all such tokens in the run that chose {expert_name(here.expert or 0)}."
-    return cards.section(f"Top {len(rows)} tokens", _table(["token", "n", "share of its kind"], body), note=note)
-
-
-def _table(names: list[str], body: list[Any]) -> Any:
-    head = dmc.TableTr(
-        [
-            dmc.TableTh(name, className="number" if name in ("share", "n", "n/N", "share of its kind") else "")
-            for name in names
+    if expert >= 0:
+        parts += [
+            dmc.Anchor("Ablate in the Lab →", id=size + "expert-lab", href=link("/lab", here), size="sm"),
+            dcc.Store(id=size + "expert-edit", data=expert_findings.edit_line(router, expert)),
         ]
+    parts += [
+        dmc.Button("Pin to compare", id=size + "expert-pin", size="compact-xs", variant="default"),
+        dcc.Store(id=size + "expert-name", data=f"{here.layer}:{expert}"),
+        dmc.Anchor("Beside the map" if wide else "Full card →", href=_other_size(here, wide=wide), size="sm"),
+    ]
+    return html.Div(parts, className="card-actions")
+
+
+def _other_size(here: ViewState, *, wide: bool) -> str:
+    return link("/experts", here if wide else here.with_rest(view="card"))
+
+
+def _later(run: Run, router: Router, here: ViewState, name: str, *, large: bool, wide: bool) -> Any:
+    """A part that is filled by a request of its own; one that reads everything of a large run waits for a click."""
+    title = SECTIONS[name][0] if name in SECTIONS else _QUERIES[name][0]
+    if (here.expert or 0) < 0 and name in _NO_SHARED:
+        return cards.section(title, expert_findings.no_shared(here.expert or 0, _NO_SHARED[name]))
+    wait = large and name in READS_ALL
+    place = _WIDE + name if wide else name
+    first: Any = dmc.Skeleton(height=96)
+    if name == "labels":
+        first = expert_counts.labels(run, router, here)
+    elif wait:
+        first = quiet("Not computed yet.")
+    words = f"Compute: reads all {numbers.short_count(run.rows('routing'))} decisions" if wait else ""
+    ask = {"run": run.name, "layer": str(here.layer), "expert": here.expert, "wait": wait}
+    return cards.section(
+        title,
+        html.Div(
+            [
+                dcc.Store(id=card_part(place, "ask"), data=ask),
+                html.Div(first, id=card_part(place, "body"), **{"aria-live": "polite"}),
+                dmc.Button(
+                    words or "Compute",
+                    id=card_part(place, "go"),
+                    size="compact-xs",
+                    variant="default",
+                    style={} if wait else {"display": "none"},
+                ),
+            ]
+        ),
     )
-    return dmc.Table(
-        [dmc.TableThead(head), dmc.TableTbody(body)], className="small-table", verticalSpacing=3, horizontalSpacing=6
+
+
+def card_part(name: Any, part: str) -> dict[str, Any]:
+    """The id of one part of a card: what is asked, its body, the button that starts it."""
+    return {"card": name, "part": part}
+
+
+def card_callbacks(app: dash.Dash, store: Store) -> None:
+    """Fill the parts; keep the link to the lab and the pin in step with the address."""
+    answers = services_of(app).answers
+    for size in ("", _WIDE):
+        edit, name = Input(f"{size}expert-edit", "data"), f"{size}expert-name"
+        search, button = Input("url", "search"), f"{size}expert-pin"
+        in_browser(app, "lab_link", Output(f"{size}expert-lab", "href"), search, edit, space="experts")
+        in_browser(app, "pin", Input(button, "n_clicks"), State(name, "data"), space="experts")
+        in_browser(app, "pin_words", Output(button, "children"), search, Input(name, "data"), space="experts")
+
+    @app.callback(
+        Output(card_part(MATCH, "body"), "children"),
+        Output(card_part(MATCH, "go"), "style"),
+        Input(card_part(MATCH, "ask"), "data"),
+        Input(card_part(MATCH, "go"), "n_clicks"),
     )
+    def fill(ask: dict[str, Any] | None, clicks: int | None) -> tuple[Any, Any]:
+        if ask is None or (ask["wait"] and not clicks):
+            raise dash.exceptions.PreventUpdate
+        name = dash.callback_context.outputs_list[0]["id"]["card"]
+        return part(store, answers, name.removeprefix(_WIDE), ask), {"display": "none"}
+
+
+def part(store: Store, answers: Answers, name: str, ask: dict[str, Any]) -> Any:
+    """One part of a card, or why there is nothing to show."""
+    run = store.run(ask["run"])
+    known = routers(run)
+    state = decode(f"?layer={ask['layer']}&expert={ask['expert']}")
+    router = find_router(run, state, known)
+    here = ViewState(run=run.name, layer=Layer(*_place(state)), expert=state.expert)
+    try:
+        if name in _QUERIES:
+            return _QUERIES[name][1](run, router, here)
+        return SECTIONS[name][1](answers, run, router, known, here)
+    except MoescopeError as refused:
+        return reason(refused)
+
+
+def _place(state: ViewState) -> tuple[int, str | None]:
+    layer = state.layer or Layer(0)
+    return layer.number, layer.block

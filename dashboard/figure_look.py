@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
 
 _CLEAR = "rgba(0,0,0,0)"
+
+GRAPH: dict[str, Any] = {
+    "displaylogo": False,
+    "displayModeBar": "hover",
+    # The server that Plotly would send figures to is never asked: what is shown stays on this machine.
+    "plotlyServerURL": "",
+    "showSendToCloud": False,
+    "modeBarButtonsToRemove": ["select2d", "lasso2d", "toImage", "sendDataToCloud", "zoomIn2d", "zoomOut2d"],
+}
+"""Settings of every graph on a page."""
 
 
 def dressed(figure: go.Figure) -> go.Figure:
@@ -21,4 +31,11 @@ def dressed(figure: go.Figure) -> go.Figure:
     figure.update_xaxes(title_font_size=12)
     figure.update_yaxes(title_font_size=12)
     figure.update_traces(colorbar_title_font_size=12, selector={"type": "heatmap"})
+    return figure
+
+
+def for_image(figure: go.Figure, titled: go.Figure) -> go.Figure:
+    """Let the figure carry its title and the room for it, for a picture that is saved from the page."""
+    title = titled.layout.title.to_plotly_json()
+    figure.update_layout(meta={"title": title, "top": titled.layout.margin.t})
     return figure

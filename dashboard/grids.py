@@ -8,6 +8,7 @@ import dash_ag_grid as dag
 
 ROW_HEIGHT = 30
 _HEADER = 34
+_BAR = 18  # of a grid that is wider than its place: the last row stays above it
 _THEME = (
     "themeQuartz.withParams({fontFamily: 'inherit', fontSize: 13, headerFontSize: 12, spacing: 6, cellHorizontalPadding: 9, "
     "wrapperBorderRadius: 8, backgroundColor: 'var(--surface)', foregroundColor: 'var(--ink)', "
@@ -51,7 +52,7 @@ def grid(
         },
         columnSize=fit,
         dashGridOptions={**_OPTIONS, **options},
-        style={"height": min(height, _HEADER + ROW_HEIGHT * max(len(rows), 1) + 4), "width": "100%"},
+        style={"height": min(height, _HEADER + ROW_HEIGHT * max(len(rows), 1) + _BAR), "width": "100%"},
     )
 
 

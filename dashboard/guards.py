@@ -1,18 +1,27 @@
-"""Who may talk to the app: this machine's own browser, on the app's own pages."""
+"""Who may talk to the app: this machine's own browser, on the app's own pages; elsewhere, whoever has the token."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import cast
 from urllib.parse import urlsplit
 
 from flask import Flask, Response, request
 
+from moescope.dashboard.access import Access
+
 _READING = frozenset({"GET", "HEAD", "OPTIONS"})
+_ACCESS = "moescope-access"
 
 
 def allowed_hosts(port: int) -> frozenset[str]:
     """The values of the Host header that name this app; any other comes from a page that re-pointed its own name here."""
     return frozenset({f"127.0.0.1:{port}", f"localhost:{port}"})
+
+
+def open_to(server: Flask, access: Access) -> None:
+    """Let requests from elsewhere in, under the app's own names and with its token; without it, none from here either."""
+    server.config[_ACCESS] = access
 
 
 def guard(server: Flask, *, port: int, script_hashes: Sequence[str]) -> None:
@@ -24,17 +33,24 @@ def guard(server: Flask, *, port: int, script_hashes: Sequence[str]) -> None:
         script_hashes: of the inline scripts that the app's own index page carries.
     """
     hosts = allowed_hosts(port)
-    origins = {f"http://{host}" for host in hosts}
 
     @server.before_request
     def refuse_strangers() -> Response | None:
-        if request.headers.get("Host", "").lower() not in hosts:
+        access = cast("Access | None", server.config.get(_ACCESS))
+        host = request.headers.get("Host", "").lower()
+        if not (host in hosts if access is None else access.answers_to(host)):
             return Response(
-                "403: this app answers only to its own address on this machine.", 403, mimetype="text/plain"
+                "403: this app answers only to its own address on this machine."
+                if access is None
+                else "403: this app does not answer to that name; start it with --name to add one.",
+                403,
+                mimetype="text/plain",
             )
+        # Behind a program that adds encryption, pages of this app come by https.
+        origins = {f"http://{own}" for own in hosts} if access is None else {f"http://{host}", f"https://{host}"}
         if request.method not in _READING and not _own(origins):
             return Response("403: a page of another origin tried to use this app.", 403, mimetype="text/plain")
-        return None
+        return None if access is None else access.refusal(request, port)
 
     policy = "; ".join(
         (

@@ -1,14 +1,88 @@
-"""The live model behind the lab: loaded once, asked one request at a time, in order."""
+"""The live model behind the lab: loaded once, asked one request at a time, in order, on a thread of its own."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING, TypeVar
+import gc
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
+
+from moescope.core.errors import InputError, MoescopeError, RunError
 
 if TYPE_CHECKING:
     from moescope.probes.live_model import LiveModel
 
 T = TypeVar("T")
+State = Literal["none", "unloaded", "loading", "ready", "busy", "failed"]
+
+_LOG = logging.getLogger("moescope.dashboard")
+_LOOK = 0.2  # seconds between two looks of an asker at whether it still wants its answer
+_PATIENCE = 5.0  # seconds after which something that was stopped and goes on is left behind
+
+
+class Stopped(RunError):  # noqa: N818  stopping is no error; a RunError, so that whatever is under way cleans up after itself
+    """The user stopped what the model was doing."""
+
+
+class Replaced(InputError):  # noqa: N818  nothing went wrong: its asker wants something newer
+    """A newer request of the same asker took this one's place before it began."""
+
+
+@dataclass(frozen=True)
+class Status:
+    """What a page says of the model.
+
+    Attributes:
+        state: `none` (no model chosen), `unloaded`, `loading`, `ready`, `busy` or `failed`.
+        source: what is chosen, as `moescope.load` takes it.
+        words: what it is busy with.
+        seconds: how long it has been in this state.
+        waiting: requests in the line.
+        name: of the loaded model, described in a line; None where none is loaded.
+        memory: bytes of its weights.
+        device: where its inputs go.
+        problem: why it could not be loaded.
+    """
+
+    state: State
+    source: str | None
+    words: str
+    seconds: float
+    waiting: int
+    name: str | None
+    memory: int
+    device: str
+    problem: MoescopeError | None
+
+
+@dataclass(eq=False)
+class _Ticket:
+    """One request: its place in the line, and later its answer."""
+
+    request: Callable[[Any], Any]
+    who: str
+    words: str
+    source: str
+    chosen: bool = True
+    keeps: bool = False
+    over: threading.Event = field(default_factory=threading.Event)
+    stop: threading.Event = field(default_factory=threading.Event)
+    stopped_at: float = 0.0
+    gives_way: bool = False
+    answer: Any = None
+    failure: BaseException | None = None
+
+    def end(self, answer: Any = None, failure: BaseException | None = None) -> None:
+        if not self.over.is_set():
+            if self.gives_way and isinstance(failure, Stopped):
+                failure = Replaced("a newer request took the place of this one")
+            self.answer, self.failure = answer, failure
+            self.over.set()
 
 
 class ModelHost:
@@ -16,11 +90,335 @@ class ModelHost:
 
     Args:
         source: what `moescope.load` takes; None until a page chooses.
+        load: loads a model; None for `moescope.load`, which runs no code that comes with a model.
+
+    Example:
+        >>> host = ModelHost("demo")
+        >>> host.status().state, host.ask(lambda model: model.anatomy.top_k, who="example"), host.status().state
+        ('unloaded', 2, 'ready')
+        >>> host.unload()
     """
 
-    def __init__(self, source: str | None = None) -> None:
+    def __init__(self, source: str | None = None, *, load: Callable[[str], LiveModel] | None = None) -> None:
         self.source = source
+        self._load = load or _load
+        self._turn = threading.Condition()
+        self._line: list[_Ticket] = []
+        self._running: _Ticket | None = None
+        self._loading = self._unload = False
+        self._since = time.monotonic()
+        self._problem: MoescopeError | None = None
+        self._model: LiveModel | None = None
+        self._model_source: str | None = None
+        self._about: tuple[str, int, str] | None = None
+        self._open: Callable[[], None] | None = None
+        self._thread: threading.Thread | None = None
 
-    def ask(self, request: Callable[[LiveModel], T], *, who: str) -> T:
-        """Run a request on the model and wait for its answer; a newer request of the same asker replaces one that waits."""
-        raise NotImplementedError
+    @property
+    def model(self) -> LiveModel | None:
+        """The loaded model, to read what it is made of; it is run by `ask` alone. None where it is not loaded."""
+        return self._model if self._model_source == self.source else None
+
+    def ask(
+        self,
+        request: Callable[[LiveModel], T],
+        *,
+        who: str,
+        words: str = "",
+        still: Callable[[], None] | None = None,
+        keeps: bool = False,
+        before: Sequence[str] = (),
+        source: str | None = None,
+    ) -> T:
+        """Run a request on the model, loaded first where it is not, and wait for its answer.
+
+        Args:
+            request: called with the model, on the model's own thread, when all that was asked before has ended.
+            who: asks; a newer request of the same asker takes the place of one that still waits.
+            words: what the model is then busy with.
+            still: called a few times a second meanwhile; where it raises, the request is withdrawn, or stopped, and that is
+                raised.
+            keeps: it takes care of what `keep_open` left on the model; for others that is taken off before.
+            before: askers whose requests give way to this one: those that wait leave the line, one that runs is stopped.
+            source: another model than the chosen one; it is loaded in its place, and the chosen one again when it is asked.
+
+        Raises:
+            InputError: no model is chosen, it cannot be loaded, or another was chosen while this waited.
+            Replaced: a newer request of the same asker took its place.
+            Stopped: the user stopped it.
+            RunError: the model failed.
+        """
+        if self._thread is threading.current_thread() and self._model is not None:
+            return request(self._model)
+        with self._turn:
+            wanted = source or self.source
+            if wanted is None:
+                raise no_model()
+            if self._problem is not None and wanted == self.source:
+                raise self._problem.with_traceback(None)
+            ticket = _Ticket(request, who, words or who, wanted, chosen=source is None, keeps=keeps)
+            self._clear_way(before)
+            self._stand(ticket)
+        try:
+            while not ticket.over.wait(None if still is None else _LOOK):
+                if still is not None:
+                    still()
+        except BaseException:
+            self._withdraw(ticket)
+            raise
+        if ticket.failure is not None:
+            raise ticket.failure
+        answer: T = ticket.answer
+        return answer
+
+    def choose(self, source: str | None) -> None:
+        """Take another model, or the same once more after it failed; it is loaded when it is first asked something."""
+        with self._turn:
+            self._unload = self._unload or self._model_source not in (None, source)
+            self.source, self._problem, self._since = source, None, time.monotonic()
+            self._turn.notify_all()
+
+    def load(self) -> None:
+        """Begin to load the chosen model, and do not wait for it."""
+        with self._turn:
+            if self.source is not None and self._problem is None and self.model is None:
+                self._stand(_Ticket(lambda _model: None, "load", "loading", self.source))
+
+    def unload(self) -> None:
+        """Let go of the model and its memory when what runs has ended; it is loaded again when it is asked something."""
+        with self._turn:
+            self._unload, self._problem = True, None
+            self._turn.notify_all()
+
+    def stop(self) -> None:
+        """Stop what runs: it ends before the model's next block or generated token.
+
+        A model that is being loaded, and what goes on for long after it was stopped, is left behind: the next request loads
+        the model anew.
+        """
+        with self._turn:
+            running, now = self._running, time.monotonic()
+            if self._loading or (running and running.stop.is_set() and now - running.stopped_at > _PATIENCE):
+                self._leave_behind()
+            elif running is not None and not running.stop.is_set():
+                running.stopped_at = now
+                running.stop.set()
+
+    def keep_open(self, close: Callable[[], None]) -> None:
+        """From within a request: something stays on the model; `close` takes it off before one is asked that does not keep it."""
+        self._open = close
+
+    def status(self) -> Status:
+        """How things stand."""
+        with self._turn:
+            running, loaded = self._running, self._model is not None
+            name, memory, device = self._about if self._about and loaded else (None, 0, "")
+            state: State = "none" if self.source is None else "ready" if self.model is not None else "unloaded"
+            if self._loading:
+                state = "loading"
+            elif self._problem is not None:
+                state = "failed"
+            elif running is not None:
+                state = "busy"
+            words = running.words if running else ""
+            if self._loading and running is not None and not running.chosen:
+                words = f"{running.source}, for {running.words}"
+            seconds = time.monotonic() - self._since
+            waiting = len(self._line)
+            return Status(state, self.source, words, seconds, waiting, name, memory, device, self._problem)
+
+    def _stand(self, ticket: _Ticket) -> None:
+        """Put a request into the line, in the place of one of the same asker that waits; the lock is held."""
+        for place, waits in enumerate(self._line):
+            if waits.who == ticket.who:
+                self._line[place] = ticket
+                waits.end(failure=Replaced("a newer request took the place of this one"))
+                break
+        else:
+            self._line.append(ticket)
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._work, name="moescope-model", daemon=True)
+            self._thread.start()
+        self._turn.notify_all()
+
+    def _clear_way(self, askers: Sequence[str]) -> None:
+        for ticket in [waits for waits in self._line if waits.who in askers]:
+            self._line.remove(ticket)
+            ticket.end(failure=Replaced("a newer request took the place of this one"))
+        if self._running is not None and self._running.who in askers:
+            self._running.gives_way, self._running.stopped_at = True, time.monotonic()
+            self._running.stop.set()
+
+    def _withdraw(self, ticket: _Ticket) -> None:
+        with self._turn:
+            if ticket in self._line:
+                self._line.remove(ticket)
+                return
+            if ticket is self._running:
+                ticket.stopped_at = time.monotonic()
+                ticket.stop.set()
+        ticket.over.wait()
+
+    def _leave_behind(self) -> None:
+        """Go on without the thread that works now; it ends by itself, and its answer is dropped. The lock is held."""
+        gone = [ticket for ticket in (self._running, *self._line) if ticket is not None]
+        self._line, self._running, self._loading = [], None, False
+        self._thread, self._open, self._since = None, None, time.monotonic()
+        self._model = self._model_source = self._about = None
+        for ticket in gone:
+            ticket.stop.set()
+            ticket.end(failure=_stopped())
+
+    def _here(self) -> bool:
+        """Whether this thread is still the one that works."""
+        return self._thread is threading.current_thread()
+
+    def _work(self) -> None:
+        while True:
+            with self._turn:
+                while self._here() and not self._line and not self._to_drop():
+                    self._turn.wait()
+                if not self._here():
+                    return
+                drop = self._to_drop()
+                ticket = self._line.pop(0) if self._line else None
+                self._running, self._since = ticket, time.monotonic()
+            if drop:
+                self._drop()
+            if ticket is not None:
+                self._serve(ticket)
+            with self._turn:
+                if not self._here():
+                    return
+                self._running, self._since = None, time.monotonic()
+
+    def _to_drop(self) -> bool:
+        return self._unload and self._model is not None
+
+    def _drop(self) -> None:
+        self.let_go()
+        with self._turn:
+            self._model = self._model_source = self._about = None
+            self._unload = False
+        gc.collect()
+
+    def _serve(self, ticket: _Ticket) -> None:
+        try:
+            if ticket.chosen and ticket.source != self.source:
+                raise InputError("another model was chosen while this waited", fix="ask again")
+            if self._model is not None and self._model_source != ticket.source:
+                self._drop()
+            model = self._ready(ticket.source)
+            if not ticket.keeps:
+                self.let_go()
+            with _stoppable(model, ticket.stop):
+                answer = ticket.request(model)
+            ticket.end(answer)
+        except BaseException as failure:  # noqa: BLE001  whatever it was, its asker must hear it, and the next have their turn
+            if self._here() and not isinstance(failure, MoescopeError):
+                self.let_go()
+            ticket.end(failure=_told(failure))
+
+    def _ready(self, source: str) -> LiveModel:
+        """The model, loaded where it is not."""
+        if self._model is not None:
+            return self._model
+        with self._turn:
+            self._loading, self._unload = True, False
+        try:
+            model = self._load(source)
+        except Exception as failure:
+            problem = _not_loaded(source, failure)
+            with self._turn:
+                if self._here():
+                    self._failed(source, problem)
+            raise problem from failure
+        with self._turn:
+            if not self._here():
+                raise _stopped()
+            self._loading, self._since = False, time.monotonic()
+            self._model, self._model_source = model, source
+            self._about = (repr(model), _bytes_of(model), str(model.device))
+        return model
+
+    def _failed(self, source: str, problem: MoescopeError) -> None:
+        """Tell everybody who waits for this model; the lock is held."""
+        self._loading = False
+        if source == self.source:
+            self._problem = problem
+        for ticket in [waits for waits in self._line if waits.source == source]:
+            self._line.remove(ticket)
+            ticket.end(failure=problem)
+
+    def let_go(self) -> None:
+        """From within a request: take off the model what was left on it."""
+        if self._open is not None:
+            close, self._open = self._open, None
+            close()
+
+
+def no_model() -> InputError:
+    """The refusal where no model is chosen."""
+    return InputError(
+        "no model is chosen",
+        expected="one that moescope.load takes, for instance demo",
+        fix="choose one on the page Lab, or start with moescope dashboard STORE --model demo",
+    )
+
+
+def from_hub(source: str) -> bool:
+    """Whether a source is neither the bundled model nor anything on this disk, so that loading it may fetch it."""
+    return source != "demo" and not Path(source).exists()
+
+
+def _load(source: str) -> LiveModel:
+    import moescope as ms
+
+    return ms.load(source)
+
+
+@contextmanager
+def _stoppable(model: LiveModel, stop: threading.Event) -> Iterator[None]:
+    """While the context lasts, the model raises before its next pass or block once `stop` is set."""
+
+    def look(_module: Any, _inputs: Any) -> None:
+        if stop.is_set():
+            raise _stopped()
+
+    paths = dict.fromkeys(("", *getattr(model.anatomy, "block_paths", ())))
+    handles = [model.module.get_submodule(path).register_forward_pre_hook(look) for path in paths]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _stopped() -> Stopped:
+    return Stopped("this was stopped", fix="ask again; the model is ready for it")
+
+
+def _not_loaded(source: str, failure: Exception) -> MoescopeError:
+    if isinstance(failure, MoescopeError):
+        failure.fix = failure.fix or "choose another model, or correct this one's name"
+        return failure
+    _LOG.error("%s could not be loaded", source, exc_info=failure)
+    found = f"{type(failure).__name__}: {' '.join(str(failure).split())[:400]}"
+    return InputError(f"{source} could not be loaded", found=found, fix="choose another model, or try again")
+
+
+def _told(failure: BaseException) -> BaseException:
+    """What the asker is told: failures of the model in moescope's words, everything else as it is."""
+    if isinstance(failure, MoescopeError) or not isinstance(failure, Exception):
+        return failure
+    _LOG.error("a request of the model failed", exc_info=failure)
+    from moescope.probes.failures import explained
+
+    problem: RunError = explained(failure)
+    problem.__cause__ = failure
+    return problem
+
+
+def _bytes_of(model: LiveModel) -> int:
+    module = model.module
+    return sum(t.numel() * t.element_size() for t in (*module.parameters(), *module.buffers()))

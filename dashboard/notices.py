@@ -30,6 +30,17 @@ def empty(title: str, why: str, *, command: str | None = None) -> Any:
     return dmc.Center(dmc.Stack(parts, align="center", gap="sm", maw=640), className="empty", mih=280)
 
 
+def not_recorded(what: str, why: str, *, command: str | None = None) -> Any:
+    """In the place of what a run has no records of: never a stand-in value."""
+    return empty(f"Not recorded: {what}", why, command=command)
+
+
+def read_only(why: str) -> Any:
+    """On a page that would write, over a store that is open for reading: why it cannot, and what to do."""
+    words = why or "The store is open for reading only: nothing can be recorded or saved from this page."
+    return dmc.Alert([html.Span("⊘ ", **HIDDEN), words], color="yellow", variant="light", className="amber foreign")
+
+
 def refusal(error: MoescopeError) -> Any:
     """What could not be shown, what was found instead and what to do."""
     lines = [
@@ -47,17 +58,19 @@ def refusal(error: MoescopeError) -> Any:
 
 
 def unexpected(error: Exception) -> Any:
-    """A failure that is no one's input: what happened, what still holds and what to do."""
+    """A failure that is no one's input: what happened, what still holds and what to do; the details are folded."""
+    said = html.Div(f"{type(error).__name__}: {error}"[:2000], className="foreign mono failure-details")
     return dmc.Alert(
         dmc.Stack(
             [
                 dmc.Text(
-                    "What is on the page is from before. Reload the page; if it happens again, please report it.",
+                    "What is on the page is from before, and what you typed is kept. Try again, or reload the page; "
+                    "if it happens again, please report it with the details.",
                     size="sm",
                 ),
-                dmc.Text(f"{type(error).__name__}: {error}"[:400], size="sm", className="foreign mono"),
+                html.Details([html.Summary("Details"), said]),
             ],
-            gap=2,
+            gap=4,
         ),
         title="This view could not be made",
         color="red",
@@ -76,6 +89,16 @@ def incomplete(name: str, status: str, ledger: str) -> Any:
         dmc.Anchor("See the coverage ledger", href=ledger, size="sm", className="on-amber"),
     ]
     return dmc.Alert(html.Div(words), color="yellow", variant="light", className="amber", id="incomplete-bar")
+
+
+def beside(*notes: str) -> Any:
+    """What a reader must know about the numbers beside it; long ones are cut, and whole where the numbers are explained."""
+    text = " ".join(notes)
+    short = text if len(text) <= _NOTE else text[:_NOTE].rsplit(" ", 1)[0] + " … (all under “How to read it”)"
+    return html.P([html.Span("▲ ", **HIDDEN), short], className="note foreign")
+
+
+_NOTE = 220
 
 
 def _sentence(text: str) -> str:

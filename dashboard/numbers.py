@@ -27,7 +27,8 @@ def short_count(n: float | None) -> str:
     if n is None or absent(n):
         return MISSING
     for size, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if abs(n) >= 10 * size or (abs(n) >= size and unit != "k"):
+        # What rounds to 1,000 k is 1 M.
+        if abs(n) >= 10 * size or (abs(n) >= 0.9995 * size and unit != "k"):
             return f"{n / size:.3g} {unit}".replace("-", "−")
     return count(n)
 
@@ -69,6 +70,18 @@ def decimal(value: float | None, places: int = 3) -> str:
         '−0.250'
     """
     return MISSING if value is None or absent(value) else f"{value:,.{places}f}".replace("-", "−")
+
+
+def interval(value: float | None, low: float | None, high: float | None, places: int = 3) -> str:
+    """An estimate with the interval round it.
+
+    Example:
+        >>> interval(0.412, 0.38, 0.447)
+        '0.412 [0.380, 0.447]'
+    """
+    if absent(value) or absent(low) or absent(high):
+        return decimal(value, places)
+    return f"{decimal(value, places)} [{decimal(low, places)}, {decimal(high, places)}]"
 
 
 def absent(value: float | None) -> bool:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from moescope.dashboard.kept import Kept
 from moescope.dashboard.records import Router
 from moescope.dashboard.token_view import Ints, Part, packed
 from moescope.dashboard.url_state import MAX_PINS, Mode
@@ -24,16 +25,28 @@ QUANTITIES: dict[Mode, tuple[str, str]] = {
     "entropy": ("router entropy", "nats"),
     "nll": ("NLL of the token", "nats"),
     "norm": ("L2 norm of the residual stream", ""),
+    "feature": ("activation", ""),
 }
 
 _AT_ROUTER = """
-    SELECT token, experts[1] AS top, weights[1] AS weight, margin, entropy, coalesce(list_position(experts, $expert), 0) AS slot
+    SELECT token, experts[1] AS top, weights[1] AS weight, margin, entropy
     FROM routing
     WHERE run_id = $run AND layer = $layer AND block = $block AND token BETWEEN $first AND $last
     ORDER BY token
 """
+_SLOT = """
+    SELECT token, list_position(experts, $expert) AS slot
+    FROM routing
+    WHERE run_id = $run AND layer = $layer AND block = $block AND token BETWEEN $first AND $last
+        AND list_contains(experts, $expert)
+    ORDER BY token
+"""
 _NLL = "SELECT token, nll AS value FROM tokens WHERE run_id = $run AND token BETWEEN $first AND $last ORDER BY token"
 _NORM = "SELECT token, norm AS value FROM residual WHERE run_id = $run AND layer = $layer AND token BETWEEN $first AND $last ORDER BY token"
+
+
+_DECISIONS: Kept[Decisions] = Kept(8)
+_SHARES: Kept[Floats] = Kept(512)
 
 
 @dataclass(frozen=True)
@@ -53,31 +66,35 @@ class Decisions:
     weight: Floats
     margin: Floats
     entropy: Floats
-    slot: Ints
 
 
-def decisions(run: Run, part: Part, router: Router, expert: int | None) -> Decisions:
-    """The decisions of one router on a part; `slot` is the 1-based place of `expert` among the chosen, 0 where it is not."""
-    found = _between(
-        run,
-        _AT_ROUTER,
-        part,
-        layer=router.layer,
-        block=router.block,
-        expert=-1 if expert is None or expert < 0 else expert,
-    )
-    place = _places(found, part)
+def decisions(run: Run, part: Part, router: Router) -> Decisions:
+    """The decisions of one router on a part."""
+    key = (part.key, len(part.token), router.layer, router.block)
+    return _DECISIONS.of(run, key, lambda: _decided(run, part, router))
+
+
+def slots(run: Run, part: Part, router: Router, expert: int) -> Ints:
+    """The 1-based place of an expert among those chosen for each token of a part, 0 where it is not."""
+    if expert < 0:
+        return np.zeros(len(part.token), dtype=np.int64)
+    found = between(run, _SLOT, part, layer=router.layer, block=router.block, expert=expert)
+    return spread(found["slot"], places(found, part), part, 0).astype(np.int64)
+
+
+def _decided(run: Run, part: Part, router: Router) -> Decisions:
+    found = between(run, _AT_ROUTER, part, layer=router.layer, block=router.block)
+    place = places(found, part)
     return Decisions(
-        top=_spread(found["top"], place, part, -1).astype(np.int64),
-        slot=_spread(found["slot"], place, part, 0).astype(np.int64),
-        **{name: _spread(found[name], place, part, math.nan) for name in ("weight", "margin", "entropy")},
+        top=spread(found["top"], place, part, -1).astype(np.int64),
+        **{name: spread(found[name], place, part, math.nan) for name in ("weight", "margin", "entropy")},
     )
 
 
 def token_values(run: Run, part: Part, mode: Mode, layer: int) -> Floats:
     """NLL, or the residual stream's norm at a layer, of each token of a part; NaN where none was recorded."""
-    found = _between(run, _NLL, part) if mode == "nll" else _between(run, _NORM, part, layer=layer)
-    return _spread(found["value"], _places(found, part), part, math.nan)
+    found = between(run, _NLL, part) if mode == "nll" else between(run, _NORM, part, layer=layer)
+    return spread(found["value"], places(found, part), part, math.nan)
 
 
 def choose_pins(run: Run, part: Part, router: Router, top: Ints, picked: tuple[int, ...]) -> list[Pin]:
@@ -87,7 +104,7 @@ def choose_pins(run: Run, part: Part, router: Router, top: Ints, picked: tuple[i
     whole run, over the fair share. Experts on under 0.2 % of the tokens, or under three, are not chosen by themselves.
     """
     seen = np.bincount(top[top >= 0], minlength=router.experts)
-    reference = np.full(router.experts, 1.0 / router.experts) if part.whole else _run_shares(run, router)
+    reference = np.full(router.experts, 1.0 / router.experts) if part.whole else run_shares(run, router)
     with np.errstate(divide="ignore", invalid="ignore"):
         lift = np.where(reference > 0, seen / max(seen.sum(), 1) / reference, 0.0)
     if not picked:
@@ -107,16 +124,23 @@ def experts_paint(part: Part, router: Router, top: Ints, pins: list[Pin]) -> dic
     }
 
 
-def scale_paint(part: Part, mode: Mode, values: Floats) -> dict[str, Any]:
-    """A quantity for the browser, in steps between its 2nd and 98th percentile in the part; what lies beyond is clipped."""
-    finite = values[np.isfinite(values)]
-    low, high = (float(x) for x in np.percentile(finite, [2, 98])) if finite.size else (0.0, 1.0)
-    steps = np.full(len(values), 255)
+def scale_paint(part: Part, mode: Mode, values: Floats, *, silent: bool = False) -> dict[str, Any]:
+    """A quantity for the browser, in steps between its 2nd and 98th percentile in the part; what lies beyond is clipped.
+
+    Where `silent`, zeros carry no colour: the scale goes from 0 to the largest value, and step 0 is exactly 0.
+    """
     recorded = np.isfinite(values)
-    if low < high:
-        steps[recorded] = np.clip(np.round((values[recorded] - low) / (high - low) * STEPS), 0, STEPS)
+    finite = values[recorded]
+    steps = np.full(len(values), 255)
+    if silent:
+        low, high = 0.0, float(finite.max()) if finite.size and finite.max() > 0 else 1.0
+        steps[recorded] = np.where(finite > 0, np.clip(np.ceil(finite / high * STEPS), 1, STEPS), 0)
     else:
-        steps[recorded] = STEPS // 2 * (1 + np.sign(values[recorded] - low))
+        low, high = (float(x) for x in np.percentile(finite, [2, 98])) if finite.size else (0.0, 1.0)
+        if low < high:
+            steps[recorded] = np.clip(np.round((finite - low) / (high - low) * STEPS), 0, STEPS)
+        else:
+            steps[recorded] = STEPS // 2 * (1 + np.sign(finite - low))
     name, unit = QUANTITIES[mode]
     return {
         "key": part.key,
@@ -125,12 +149,18 @@ def scale_paint(part: Part, mode: Mode, values: Floats) -> dict[str, Any]:
         "unit": unit,
         "low": low,
         "high": high,
+        "silent": silent,
         "recorded": int(finite.size),
         **packed(steps, 256),
     }
 
 
-def _run_shares(run: Run, router: Router) -> Floats:
+def run_shares(run: Run, router: Router) -> Floats:
+    """[expert] share of the run's tokens whose top expert at a router it is."""
+    return _SHARES.of(run, (router.layer, router.block), lambda: _shares(run, router))
+
+
+def _shares(run: Run, router: Router) -> Floats:
     rows = run.store.fetch(
         """
         SELECT experts[1] AS top, count(*)
@@ -147,12 +177,13 @@ def _run_shares(run: Run, router: Router) -> Floats:
     return shares
 
 
-def _between(run: Run, query: str, part: Part, **bound: Any) -> dict[str, Any]:
+def between(run: Run, query: str, part: Part, **bound: Any) -> dict[str, Any]:
+    """Columns of a query of the part's stretch of tokens, between `$first` and `$last`."""
     first, last = (int(part.token[0]), int(part.token[-1])) if len(part.token) else (0, -1)
     return run.sql(query, {"first": first, "last": last, **bound}).fetchnumpy()
 
 
-def _places(found: dict[str, Any], part: Part) -> tuple[Ints, NDArray[np.bool_]]:
+def places(found: dict[str, Any], part: Part) -> tuple[Ints, NDArray[np.bool_]]:
     """For each record its index in the part, and which records belong to it."""
     at = np.searchsorted(part.token, found["token"])
     inside = (
@@ -163,7 +194,7 @@ def _places(found: dict[str, Any], part: Part) -> tuple[Ints, NDArray[np.bool_]]
     return at, inside
 
 
-def _spread(values: Any, place: tuple[Ints, NDArray[np.bool_]], part: Part, absent: float) -> Floats:
+def spread(values: Any, place: tuple[Ints, NDArray[np.bool_]], part: Part, absent: float) -> Floats:
     """Values of records, as floats in the order of the part's tokens; `absent` where there is no record or a null."""
     at, inside = place
     filled = np.ma.filled(np.ma.asarray(values).astype(np.float64), absent)

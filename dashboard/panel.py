@@ -17,7 +17,8 @@ from moescope.core.result import Result
 from moescope.dashboard import notices, panel_tools
 from moescope.dashboard.answers import Answers
 from moescope.dashboard.browser import in_browser
-from moescope.dashboard.figure_look import dressed
+from moescope.dashboard.figure_look import GRAPH, dressed, for_image
+from moescope.dashboard.panel_tools import part
 from moescope.store.run import Run
 from moescope.store.store import Store
 
@@ -73,18 +74,15 @@ def panel(
                 ),
                 delay_show=150,
                 overlay_style={"visibility": "visible", "opacity": 0.5},
-                custom_spinner=html.Span(),
+                custom_spinner=html.Div(
+                    f"Computing {analysis.replace('_', ' ')} …", className="computing", role="status"
+                ),
             ),
             panel_tools.tools(identity),
         ],
         className="panel",
-        **{"data-panel": identity},
+        **{"data-panel": identity, "data-analysis": analysis, "data-runs": "-".join(run.name for run in runs)},
     )
-
-
-def part(identity: Any, name: str) -> dict[str, Any]:
-    """The id of one part of a panel: spec, ask, heading, body, graph, …"""
-    return {"panel": identity, "part": name}
 
 
 def panel_callbacks(app: dash.Dash, store: Store, answers: Answers) -> None:
@@ -128,29 +126,33 @@ def shown(answers: Answers, identity: str, ask: Mapping[str, Any], height: int) 
         result = answers.ask(ask)
     except MoescopeError as refused:
         return None, notices.refusal(refused)
-    return heading(result), body(identity, result, height)
+    return heading(result), body(identity, result, height, store=answers.store)
 
 
 def heading(result: Result) -> Any:
-    """The finding, with its n, as text."""
-    return dmc.Stack(
-        [
-            dmc.Title(result.title, order=2, className="section-title foreign"),
-            dmc.Text(result.subtitle(), className="muted foreign"),
-        ],
-        gap=2,
-    )
+    """The finding, with its n, as text, and what a reader must know before trusting it."""
+    lines = [
+        dmc.Title(result.title, order=2, className="section-title foreign"),
+        dmc.Text(result.subtitle(), className="muted foreign"),
+    ]
+    if result.incomplete:
+        lines.append(notices.beside("The run is incomplete: these numbers rest on part of what it should hold."))
+    if result.notes:
+        lines.append(notices.beside(*result.notes))
+    return dmc.Stack(lines, gap=2)
 
 
-def body(identity: str, result: Result, height: int = HEIGHT) -> Any:
+def body(identity: str, result: Result, height: int = HEIGHT, *, store: Store) -> Any:
     """The figure of a result as a graph, or its table where it has none."""
     if not result.has_figure:
-        return panel_tools.table(identity, result)
-    figure = dressed(result.figure(titled=False))
-    return dcc.Graph(
+        return html.Div(panel_tools.table(identity, result, store), className="panel-answer no-figure")
+    whole = result.figure()
+    figure = for_image(dressed(result.figure(titled=False)), whole)
+    graph = dcc.Graph(
         id=part(identity, "graph"),
         figure=figure,
         responsive=True,
         style={"height": figure.layout.height or height},
-        config={"displaylogo": False, "modeBarButtonsToRemove": ["select2d", "lasso2d", "toImage"]},
+        config=GRAPH,
     )
+    return html.Div(graph, className="panel-answer")

@@ -20,5 +20,6 @@ def side_panel(identity: str) -> Any:
         returnFocus=False,
         padding="md",
         className="detail",
+        closeButtonProps={"aria-label": "Close"},
         transitionProps={"duration": 0},
     )

@@ -1,4 +1,4 @@
-"""What the colours and the filters of the token view say, in words and numbers."""
+"""What the colours of the token view say, in words and numbers."""
 
 from __future__ import annotations
 
@@ -10,8 +10,11 @@ from dash import html
 from moescope.dashboard import numbers
 from moescope.dashboard.paint import Pin
 from moescope.dashboard.records import Router, expert_name
+from moescope.dashboard.token_changes import Change, Changes
+from moescope.dashboard.token_features import FeatureOnTokens
 from moescope.dashboard.token_view import Part
 from moescope.dashboard.url_state import Mode, ViewState, link
+from moescope.store.run import Run
 
 
 def pins_legend(state: ViewState, part: Part, router: Router, pins: list[Pin], recorded: int) -> Any:
@@ -89,45 +92,77 @@ def scale_legend(
     return html.Div(parts, className="legend")
 
 
-def heading(state: ViewState, part: Part, router: Router | None, piece: str | None, hits: int | None) -> Any:
-    """The filter as a sentence with its count; each clause can be taken away."""
-    shown = len(part.token) if part.pages == 1 else part.total
-    if hits is None:
-        sentence = f"{numbers.count(shown)} tokens in {numbers.count(len(part.sequences))} sequences"
-        if part.pages > 1:
-            sentence = f"{numbers.count(shown)} tokens; page {part.page} of {part.pages}, {numbers.count(len(part.token))} tokens"
-    else:
-        sentence = f"{numbers.count(hits)} of {numbers.count(shown)} tokens"
-    clauses: list[tuple[str, dict[str, Any]]] = []
-    if state.expert is not None and router is not None:
-        clauses.append((f"chose {router.expert_name(state.expert)}", {"expert": None}))
-    if state.piece is not None:
-        clauses.append((f"token = {piece if piece is not None else state.piece}", {"piece": None}))
-    if state.label is not None:
-        clauses.append((f"label = {state.label}", {"label": None, "page": 1}))
-    if state.sequence is not None:
-        clauses.append((f"sequence = {state.sequence}", {"sequence": None, "page": 1}))
-    badges = [
-        html.Span(
-            [
-                html.Span(text, className="foreign"),
-                dmc.Anchor(
-                    "×",
-                    href=link("/tokens", state.but(token=None, **without)),
-                    underline="never",
-                    className="take-away",
-                    anchorProps={"aria-label": f"remove {text}"},
-                ),
-            ],
-            className="clause",
-        )
-        for text, without in clauses
+def feature_legend(
+    state: ViewState, part: Part, paint: dict[str, Any], palette: list[tuple[str, str]], found: FeatureOnTokens
+) -> Any:
+    """The scale of a feature, and that only the tokens of examples that were kept are known."""
+    here = int((found.values > 0).sum())
+    stops = ", ".join(palette[at][0] for at in range(0, len(palette), 32))
+    name = f"F{state.feature}"
+    only = state.with_rest(only="feature").but(page=1, token=None)
+    parts: list[Any] = [
+        dmc.Anchor(name, href=link("/features", state.selection()), size="sm"),
+        html.Span(f"recorded only in {numbers.count(found.contexts)} kept contexts:", className="muted"),
     ]
-    return html.Div(
-        [
-            html.Span(sentence, className="sentence"),
-            *([html.Span("where", className="muted")] if badges else []),
-            *badges,
-        ],
-        className="filters",
+    if here:
+        parts += [
+            html.Span([html.Span(className="swatch rest"), "0"], className="chip plain"),
+            html.Span(className="ramp", style={"background": f"linear-gradient(90deg, {stops})"}),
+            html.Span(f"{numbers.decimal(paint['high'], 2)}"),
+        ]
+    parts.append(
+        html.Span(
+            f"{numbers.count(paint['recorded'])} of the {numbers.count(len(part.token))} tokens here are in one; "
+            f"it is over 0 on {numbers.count(here)} of them"
+        )
     )
+    if found.active is not None and found.tokens:
+        parts.append(
+            html.Span(
+                f"({numbers.count(found.active)} of {numbers.count(found.tokens)} tokens that were encoded)",
+                className="muted",
+            )
+        )
+    if state.given("only") != "feature" and found.contexts:
+        parts.append(dmc.Anchor("Show only the sequences that have one", href=link("/tokens", only), size="sm"))
+    return html.Div(parts, className="legend")
+
+
+def changes_legend(state: ViewState, router: Router, found: Changes, other: Run, change: Change) -> Any:
+    """What changed against the other run, in numbers, and a switch between the kinds of change."""
+    recorded = int((found.swapped >= 0).sum())
+    if recorded == 0:
+        return dmc.Text(
+            f"{other.name} and this run share no recorded decision at {router.name} on these tokens.",
+            className="muted foreign",
+        )
+    counts = {
+        "all": recorded,
+        "changed": int((found.swapped > 0).sum()),
+        "lost": int((found.earlier & ~found.now).sum()),
+        "gained": int((found.now & ~found.earlier).sum()),
+    }
+    focus = state.expert is not None
+    switch = [
+        dmc.Anchor(
+            [html.Span(className=f"swatch change-{name}"), f"{name} {numbers.count(counts[name])}"],
+            href=link("/tokens", state.with_rest(change=None if name == "all" else name).but(token=None)),
+            className="chip chosen" if name == change else "chip",
+            underline="never",
+            anchorProps={"aria-current": "true"} if name == change else {},
+        )
+        for name in (("all", "changed", "lost", "gained") if focus else ("all", "changed"))
+    ]
+    words = [
+        html.Span(f"Experts chosen at {router.name}, against", className="muted"),
+        html.Span(other.name, className="foreign strong"),
+        html.Span(f"({numbers.share(counts['changed'], recorded)} of tokens have other experts):", className="muted"),
+        *switch,
+    ]
+    if not focus:
+        words.append(html.Span("choose an expert for lost and gained", className="muted"))
+    absent = len(found.swapped) - recorded
+    if absent:
+        text = f"{numbers.count(absent)} tokens not recorded in both"
+        words.append(html.Span([html.Span(className="swatch absent"), text], className="chip plain"))
+    return html.Div(words, className="legend")

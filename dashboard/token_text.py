@@ -91,6 +91,16 @@ class PieceReader:
         text = self._alone(token_id, raw)
         return brief(text) if text is not None else f"⟨{raw[:16].hex(' ').upper()}⟩"
 
+    def whole(self, token_id: int) -> bool:
+        """Whether a token shows the same wherever it stands: its bytes are known, and are whole characters."""
+        raw = self._vocabulary.get(token_id)
+        return raw is not None and self._alone(token_id, raw) is not None
+
+    def piece(self, token_id: int) -> str | None:
+        """What a token shows that is whole by itself; None for any other."""
+        raw = self._vocabulary.get(token_id)
+        return None if raw is None else self._alone(token_id, raw)
+
     def _alone(self, token_id: int | None, raw: bytes) -> str | None:
         """What a token shows that is whole by itself; None where its bytes need their neighbours."""
         if token_id is None:

@@ -10,7 +10,7 @@ from urllib.parse import parse_qsl, quote_plus
 
 from moescope.core.errors import InputError
 
-Mode = Literal["pins", "weight", "margin", "entropy", "nll", "norm"]
+Mode = Literal["pins", "weight", "margin", "entropy", "nll", "norm", "feature", "changed"]
 MODES: tuple[Mode, ...] = get_args(Mode)
 MAX_PINS = 8
 MAX_EDITS = 64

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import re
-import tempfile
 import threading
 import time
 from collections.abc import Sequence
@@ -14,12 +12,12 @@ from pathlib import Path
 import duckdb
 
 from moescope.core.errors import StoreError
-from moescope.store.file_checks import checked_path, may_write
+from moescope.store.file_checks import checked_path
+from moescope.store.locking import lock_down
 from moescope.store.making import make
 from moescope.store.migrations.steps import oldest
 from moescope.store.migrations.upgrade import upgrade
 from moescope.store.schema import SCHEMA_VERSION
-from moescope.store.sql_text import literal
 
 _OTHER_OBJECTS = """
     SELECT
@@ -34,7 +32,9 @@ _OPENING = threading.Lock()  # between looking at a file and holding it, no othe
 _HOLDER = re.compile(r"held in (?P<program>.+?) \(PID (?P<pid>\d+)\)")
 
 
-def open_connection(path: Path, *, read_only: bool, folders: Sequence[Path] = ()) -> duckdb.DuckDBPyConnection:
+def open_connection(
+    path: Path, *, read_only: bool, folders: Sequence[Path] = (), locked: bool = False, memory: str | None = None
+) -> duckdb.DuckDBPyConnection:
     """Connect to the store at `path`, making it where it is not there yet, and upgrading it where it is older.
 
     Args:
@@ -42,14 +42,17 @@ def open_connection(path: Path, *, read_only: bool, folders: Sequence[Path] = ()
         read_only: change nothing. No query can then touch a file outside the store, nor undo that: a file from
             elsewhere may hold views that would read yours.
         folders: where queries may read and write files all the same.
+        locked: close a store that is open for writing in on itself too, as one for reading always is.
+        memory: with either, what DuckDB may keep in memory.
 
     Raises:
         StoreError: not a DuckDB file, another program's file, written by a newer version, held by another process, no
-            permission, damaged; missing, or older, where `read_only`. Nothing is changed in any of these cases.
+            permission, damaged; missing, or older, where `read_only`; older where `locked`. Nothing is changed in any of
+            these cases.
     """
     with _OPENING:
         path, shared = checked_path(path, read_only=read_only)
-        connection, version = _connect(path, read_only=read_only, folders=folders)
+        connection, version = _connect(path, read_only=read_only, folders=folders, locked=locked, memory=memory)
     if version < SCHEMA_VERSION:
         if shared:
             connection.close()
@@ -62,17 +65,20 @@ def open_connection(path: Path, *, read_only: bool, folders: Sequence[Path] = ()
     return connection
 
 
-def _connect(path: Path, *, read_only: bool, folders: Sequence[Path] = ()) -> tuple[duckdb.DuckDBPyConnection, int]:
+def _connect(
+    path: Path, *, read_only: bool, folders: Sequence[Path] = (), locked: bool = False, memory: str | None = None
+) -> tuple[duckdb.DuckDBPyConnection, int]:
     """A connection to what is there, and its schema version, which may be older where it can be upgraded."""
     connection = _connected(path, read_only=read_only)
     try:
-        if read_only:
-            _lock_down(connection, path, folders)  # before anything in the file is asked
-        else:
+        if not read_only:
             with suppress(duckdb.Error):  # a locked configuration stays as it is
                 # Checkpoints would write row groups anew to merge them, and leave a fifth of the file as holes.
                 connection.execute("SET max_vacuum_tasks = 0")
-        return connection, _check_contents(path, connection, read_only=read_only)
+        if read_only or locked:
+            # before anything in the file is asked
+            lock_down(connection, path, folders, writing=not read_only, memory=memory)
+        return connection, _check_contents(path, connection, read_only=read_only, upgrading=not (read_only or locked))
     except duckdb.Error as refused:
         connection.close()
         raise explained(path, refused) from refused
@@ -91,26 +97,6 @@ def _connected(path: Path, *, read_only: bool) -> duckdb.DuckDBPyConnection:
                 time.sleep(0.01)  # another thread is closing it: DuckDB knows it neither as open nor as closed
                 continue
             raise explained(path, refused) from refused
-
-
-def _lock_down(connection: duckdb.DuckDBPyConnection, path: Path, folders: Sequence[Path]) -> None:
-    wanted = sorted(str(folder.resolve()) for folder in folders)
-    query = "SELECT current_setting('lock_configuration'), current_setting('allowed_directories')"
-    locked, allowed = connection.execute(query).fetchall()[0]
-    if locked:  # by a Store of this process on the same file: one configuration holds for all of them
-        if not {f.rstrip("/") for f in wanted} <= {f.rstrip("/") for f in allowed}:
-            raise StoreError(
-                f"{path} is already open in this process, for other folders", fix="close that Store first, or use it"
-            )
-        return
-    if not may_write(path.parent):
-        # Large queries spill beside the store, which cannot be here.
-        spill = Path(tempfile.gettempdir()) / f"moescope-{os.getpid()}.tmp"
-        connection.execute(f"SET temp_directory = {literal(str(spill))}")
-    if wanted:
-        connection.execute("SET allowed_directories = [" + ", ".join(literal(f) for f in wanted) + "]")
-    connection.execute("SET enable_external_access = false")
-    connection.execute("SET lock_configuration = true")
 
 
 def explained(path: Path, refused: duckdb.Error) -> StoreError:
@@ -168,7 +154,7 @@ def is_damage(refused: duckdb.Error) -> bool:
     return known and any(word in str(refused) for word in words)
 
 
-def _check_contents(path: Path, connection: duckdb.DuckDBPyConnection, *, read_only: bool) -> int:
+def _check_contents(path: Path, connection: duckdb.DuckDBPyConnection, *, read_only: bool, upgrading: bool) -> int:
     """The schema version of what is there, made where the file is new."""
     tables = {name for (name,) in connection.execute("SELECT table_name FROM duckdb_tables()").fetchall()}
     if not tables and connection.execute(_OTHER_OBJECTS).fetchall() == [(0,)]:
@@ -194,7 +180,7 @@ def _check_contents(path: Path, connection: duckdb.DuckDBPyConnection, *, read_o
             found=f"a store written by {maker}",
             fix=f"install {maker} or later; the file was left as it is",
         )
-    if version < SCHEMA_VERSION and read_only:
+    if version < SCHEMA_VERSION and not upgrading:
         raise StoreError(
             f"{path} has schema version {version}, which must be upgraded before it is read",
             expected=f"version {SCHEMA_VERSION}",

@@ -48,11 +48,14 @@ class Store:
         path: the file; made where it is not there yet, and upgraded where an older version of moescope wrote it: a copy
             of the file as it was is kept beside it, and the log says so.
         read_only: refuse every change, and let other readers in. Queries cannot touch files outside the store.
-        folders: with `read_only`, where queries may read and write files all the same.
+        folders: with `read_only` or `locked`, where queries may read and write files all the same.
+        locked: close a store for writing in on itself too, as one for reading always is: no query touches a file outside
+            it, sees a variable of the program or changes a setting. Recording works as ever; traces cannot be imported.
+        memory: with `read_only` or `locked`, what DuckDB may keep in memory, for instance `1GiB`; beyond it queries spill.
 
     Raises:
         StoreError: the file is missing, held by another process, damaged, newer, or another program's; with `read_only`
-            also an older one.
+            or `locked` also an older one.
 
     Example:
         >>> import tempfile
@@ -61,12 +64,19 @@ class Store:
         [(0,)]
     """
 
-    def __init__(self, path: str | Path, *, read_only: bool = False, folders: Sequence[str | Path] = ()) -> None:
+    def __init__(
+        self,
+        path: str | Path,
+        *,
+        read_only: bool = False,
+        folders: Sequence[str | Path] = (),
+        locked: bool = False,
+        memory: str | None = None,
+    ) -> None:
         self.path = Path(path)
         self.read_only = read_only
-        self._connection: duckdb.DuckDBPyConnection | None = open_connection(
-            self.path, read_only=read_only, folders=[Path(folder) for folder in folders]
-        )
+        self._folders, self._locked, self._memory = [Path(folder) for folder in folders], locked, memory
+        self._connection: duckdb.DuckDBPyConnection | None = self._opened()
         if not read_only:
             self._close_abandoned_runs()
 
@@ -237,7 +247,7 @@ class Store:
         try:
             return compact_file(self.path)
         finally:
-            self._connection = open_connection(self.path, read_only=False)
+            self._connection = self._opened()
 
     def close(self) -> None:
         """Close the file; closing twice is fine."""
@@ -245,13 +255,22 @@ class Store:
             self._connection.close()
             self._connection = None
 
+    def _opened(self) -> duckdb.DuckDBPyConnection:
+        return open_connection(
+            self.path, read_only=self.read_only, folders=self._folders, locked=self._locked, memory=self._memory
+        )
+
     def _failed(self, refused: duckdb.Error) -> InputError:
         text = str(refused)
         if "file system operations are disabled" in text:
             return InputError(
-                "the query touches a file outside the store, which was opened for reading only",
+                "the query touches a file outside the store, which is closed in on itself"
+                if self._locked
+                else "the query touches a file outside the store, which was opened for reading only",
                 found=text,
-                fix="name the folder: Store(path, read_only=True, folders=[…])",
+                fix="name the folder: Store(path, "
+                + ("locked" if self._locked and not self.read_only else "read_only")
+                + "=True, folders=[…])",
             )
         if concerns_file(refused):
             return explained(self.path, refused)

@@ -36,10 +36,18 @@
     return typeof like === "number" ? Number(text) : text;
   }
 
-  window.moescope = {
+  /* Another run: the page stays as it is set, what was selected in the old run goes. */
+  const OF_A_RUN = ["layer", "expert", "head", "token", "sae", "feature", "label", "sequence", "piece", "pins", "page", "q", "other"];
+  function pickRun(run) {
+    const kept = [...new URLSearchParams(window.location.search)].filter(([name]) => name !== "run" && !OF_A_RUN.includes(name));
+    go(window.location.pathname, new URLSearchParams([["run", run], ...kept]));
+  }
+
+  window.moescope = Object.assign(window.moescope || {}, {
     change,
+    pickRun,
     open(href) { const url = new URL(href, window.location.href); go(url.pathname, url.searchParams); },
-  };
+  });
 
   window.dash_clientside = Object.assign({}, window.dash_clientside, {
     moescope: {
@@ -61,7 +69,7 @@
         return no();
       },
       pick_run(run, active) {
-        if (run && active && run !== active.run) go(window.location.pathname, new URLSearchParams({ run }));
+        if (run && active && run !== active.run) pickRun(run);
         return no();
       },
       forget_failure() { return null; },
@@ -89,6 +97,8 @@
           if (wanted === (params.get(url) || "") || text === (params.get(url) || "")) return;
           if (wanted === "") params.delete(url); else params.set(url, wanted);
           (RESETS[url] || []).forEach((name) => params.delete(name));
+          /* The parameters of another analysis mean something else. */
+          if (url === "analysis") [...params.keys()].filter((name) => name.startsWith("p_")).forEach((name) => params.delete(name));
         });
         go(window.location.pathname, params);
         return no();

@@ -59,6 +59,35 @@
     return { [click]: point.customdata ?? point.x };
   }
 
+  /* Plotly reads its titles as a kind of HTML; ours come escaped from the server. */
+  function picture(graph, format) {
+    const dark = document.documentElement.getAttribute("data-mantine-color-scheme") === "dark";
+    const { meta, ...shown } = JSON.parse(JSON.stringify(graph.layout));
+    const more = meta && meta.title ? meta.top - ((shown.margin && shown.margin.t) || 0) : 0;
+    const ground = dark ? "#1f2023" : "#ffffff";
+    const layout = { ...shown, paper_bgcolor: ground, plot_bgcolor: ground, font: { ...shown.font, color: dark ? "#e9ecef" : "#1a1b1e" } };
+    if (meta && meta.title) Object.assign(layout, { title: meta.title, margin: { ...shown.margin, t: meta.top } });
+    if (dark) for (const [name, axis] of Object.entries(layout)) if (/^[xy]axis\d*$/.test(name)) Object.assign(axis, { gridcolor: "#3b3d42", zerolinecolor: "#3b3d42" });
+    const size = graph._fullLayout;
+    /* Wide enough for the lines of the title, and higher by the room that it takes. */
+    const width = Math.max(size.width, 840);
+    layout.autosize = false;
+    return { figure: { data: graph.data, layout }, options: { format, width, height: size.height + more, scale: format === "png" ? 2 : 1 } };
+  }
+
+  async function saveImage(panel, format) {
+    const graph = panel.querySelector(".js-plotly-plot");
+    if (!graph || !window.Plotly) return;
+    const { figure, options } = picture(graph, format);
+    const url = await window.Plotly.toImage({ ...figure, config: { plotlyServerURL: "" } }, options);
+    const anchor = document.createElement("a");
+    anchor.href = url;
+    anchor.download = panel.dataset.analysis + "-" + panel.dataset.runs.replace(/[^\w.+=-]+/g, "-") + "." + format;
+    anchor.click();
+  }
+
+  const panelOf = (identity) => document.querySelector('[data-panel="' + CSS.escape(identity) + '"]');
+
   window.dash_clientside = Object.assign({}, window.dash_clientside, {
     panels: {
       ask(search, _count, specs, asks) {
@@ -70,6 +99,20 @@
           return JSON.stringify(ask) === JSON.stringify(asks[i]) ? no() : ask;
         });
       },
+      /* One view is open at a time; its own button closes it. */
+      view(...given) {
+        const trigger = window.dash_clientside.callback_context.triggered_id;
+        if (!trigger || !given.slice(0, -1).some(Boolean)) return no();
+        const view = given[given.length - 1] === trigger.part ? null : trigger.part;
+        for (const button of panelOf(trigger.panel).querySelectorAll("[data-view]"))
+          button.setAttribute("aria-expanded", String(button.dataset.view === view));
+        return view;
+      },
+      image(...given) {
+        const trigger = window.dash_clientside.callback_context.triggered_id;
+        if (trigger && given.some(Boolean)) saveImage(panelOf(trigger.panel), trigger.part);
+        return no();
+      },
       clicked(click, spec) {
         const point = click && click.points && click.points[0];
         if (!point || !spec || !spec.click) return no();
@@ -79,4 +122,15 @@
       },
     },
   });
+
+  /* Numbers in the tables of results: counts whole and grouped, others to four digits, what is missing as a dash. */
+  const functions = (window.dashAgGridFunctions = window.dashAgGridFunctions || {});
+  functions.MoescopeNumber = function (value) {
+    if (value === null || value === undefined) return "—";
+    if (typeof value !== "number") return String(value);
+    if (Number.isInteger(value)) return value.toLocaleString("en-US").replace("-", "−");
+    const size = Math.abs(value);
+    const text = size >= 1e6 || size < 1e-4 ? value.toExponential(3) : Number(value.toPrecision(4)).toLocaleString("en-US", { maximumFractionDigits: 8 });
+    return text.replace(/-/g, "−");
+  };
 })();

@@ -3,7 +3,7 @@
   "use strict";
   const LINE = 22, PAD = 10, SPARE = 6, GAP = 1;
   let S = null;   // the view: element, text, paint, lines
-  let Q = "", TOKEN = null, PALETTE = [];
+  let Q = "", TOKEN = null, PALETTE = [], BESIDE = null, CHOSEN = null, ASKED = "", PAINT = null, WANTED = null, VIEW = null;
   const attached = new WeakMap();
 
   function unpack(packed) {
@@ -101,22 +101,34 @@
     const paint = S.paint;
     if (paint) {
       const value = S.values[t];
-      if (paint.kind === "experts") {
+      if (paint.kind === "changes") classes.push(changed(value));
+      else if (paint.kind === "experts") {
         const pin = S.pinOf.get(value);
         classes.push(value === paint.absent ? "absent" : pin === undefined ? "rest" : "pin" + pin);
-      } else if (value === 255) classes.push("absent");
+      } else if (value === 255) classes.push(paint.silent ? "unseen" : "absent");
+      else if (paint.silent && value === 0) classes.push("rest");
       else { span.style.background = PALETTE[value][0]; span.style.color = PALETTE[value][1]; }
       if (S.hits && S.hits[t]) classes.push(S.hits[t] === 1 ? "hit" : "hit later");
     }
     if (S.found && S.found[t]) classes.push("found");
+    if (S.range && t >= S.range[0] && t <= S.range[1]) classes.push("ranged");
     if (t === S.current) classes.push("current");
     if (t === S.cursor) classes.push("cursor");
     if (t === S.selected) classes.push("selected");
     span.className = classes.join(" ");
   }
 
+  /* What the switch leaves out stays plain. */
+  function changed(code) {
+    const kind = ["same", "changed", "lost", "gained"][code];
+    if (kind === undefined) return "absent";
+    const wanted = S.paint.change;
+    if (kind === "same") return "rest";
+    return wanted === "all" || wanted === "changed" || wanted === kind ? "change-" + kind : "rest";
+  }
+
   function heading(s) {
-    const [, sequence, label, source, n] = S.text.sequences[s];
+    const [, sequence, label, source, n, document_] = S.text.sequences[s];
     const line = document.createElement("div");
     line.className = "tokline sequence";
     const link = document.createElement("a");
@@ -124,8 +136,8 @@
     link.href = "#";
     link.textContent = "Sequence " + sequence;
     line.append(link);
-    for (const text of [label, source, n.toLocaleString("en") + " tokens"]) {
-      if (text === null || text === undefined) continue;
+    for (const text of [label, document_, source, n.toLocaleString("en") + " tokens"]) {
+      if (text === null || text === undefined || text === "") continue;
       const span = document.createElement("span");
       span.className = "about";
       span.textContent = text;
@@ -158,6 +170,21 @@
       fragment.append(line);
     }
     S.canvas.replaceChildren(fragment);
+    clearTimeout(S.waiting);
+    S.waiting = setTimeout(askChosen, 150);
+  }
+
+  /* The experts of the tokens in sight, for the line under the text; asked for once the view has come to rest. */
+  function askChosen() {
+    if (!S || !S.drawn || !S.paint || !document.getElementById("tokview")) return;
+    const from = S.segToken[S.lineStart[S.drawn[0]]], to = S.segToken[Math.min(S.lineStart[S.drawn[1] + 1], S.segToken.length) - 1];
+    if (from === undefined || to === undefined) return;
+    const layer = new URLSearchParams(window.location.search).get("layer");
+    const asked = { view: layer ? "?layer=" + layer : "?", first: tokenNumber(from), last: tokenNumber(to) };
+    const key = JSON.stringify([S.text.key, asked]);
+    if (key === ASKED) return;
+    ASKED = key;
+    window.dash_clientside.set_props("token-window", { data: asked });
   }
 
   function reveal(t) {
@@ -171,21 +198,50 @@
     return S.lineStart ? S.segToken[Math.min(S.lineStart[line], S.segToken.length - 1)] : 0;
   }
 
+  function sequenceOf(t) {
+    const all = S.text.sequences;
+    let low = 0, high = all.length - 1;
+    while (low < high) { const middle = (low + high + 1) >> 1; if (all[middle][0] <= t) low = middle; else high = middle - 1; }
+    return low;
+  }
+
+  /* All chosen experts with their weights where they have come, else the one that colours the token. */
+  function experts(t) {
+    const layer = new URLSearchParams(window.location.search).get("layer");
+    const known = CHOSEN && CHOSEN.view === (layer ? "?layer=" + layer : "?") ? CHOSEN.chosen[tokenNumber(t)] : undefined;
+    if (known) return " · " + CHOSEN.router + ": " + known[0].map((e, i) => "E" + e + (known[1][i] === undefined || known[1][i] === null ? "" : " " + known[1][i].toFixed(3))).join(", ");
+    if (S.paint.kind !== "experts") return "";
+    const value = S.values[t];
+    return value === S.paint.absent ? " · routing not recorded" : " · E" + value;
+  }
+
   function about(t) {
     const piece = S.numbers[t] === 0 ? "(part of a character)" : JSON.stringify(S.text.pieces[S.numbers[t]].replaceAll("\n", ""));
-    let text = piece.slice(0, 80) + " · token " + tokenNumber(t).toLocaleString("en");
+    const s = sequenceOf(t), [start, sequence, , , length] = S.text.sequences[s];
+    let text = piece.slice(0, 80) + " · token " + tokenNumber(t).toLocaleString("en") + " · " + (t - start + 1).toLocaleString("en") +
+      " of " + length.toLocaleString("en") + " in sequence " + sequence;
     const paint = S.paint;
     if (!paint) return text;
+    text += experts(t);
     const value = S.values[t];
-    if (paint.kind === "experts") text += value === paint.absent ? " · routing not recorded" : " · E" + value;
-    else if (value === 255) text += " · " + paint.name + " not recorded";
-    else {
-      const number = paint.low + (value / 254) * (paint.high - paint.low);
-      const sign = value === 0 ? " ≤ " : value === 254 ? " ≥ " : " ≈ ";
-      text += " · " + paint.name + sign + number.toPrecision(2) + (paint.unit ? " " + paint.unit : "");
+    if (paint.kind === "changes") text += " · " + difference(t);
+    else if (paint.kind === "scale") {
+      if (value === 255) text += " · " + paint.name + " not recorded";
+      else {
+        const number = paint.low + (value / 254) * (paint.high - paint.low);
+        const sign = paint.silent ? (value === 0 ? " = " : " ≈ ") : value === 0 ? " ≤ " : value === 254 ? " ≥ " : " ≈ ";
+        text += " · " + paint.name + sign + (value === 0 && paint.silent ? "0" : number.toPrecision(2)) + (paint.unit ? " " + paint.unit : "");
+      }
     }
-    if (S.hits && S.hits[t] > 0 && paint.focus !== null) text += " · E" + paint.focus + " in slot " + S.hits[t];
+    if (S.hits && S.hits[t] > 0 && paint.focus !== null && paint.kind !== "changes") text += " · E" + paint.focus + " in slot " + S.hits[t];
     return text;
+  }
+
+  function difference(t) {
+    const swapped = S.swapped[t];
+    if (swapped === 255) return "not recorded in both runs";
+    const kind = { 2: ", E" + S.paint.focus + " lost", 3: ", E" + S.paint.focus + " gained" }[S.values[t]] || "";
+    return (swapped === 0 ? "the same experts as in " : swapped + " of " + S.paint.top_k + " experts were not chosen in ") + S.paint.other + kind;
   }
 
   /* Matches are the hits of the filter, the text searched for, or tokens that are both. */
@@ -258,20 +314,42 @@
       const sequence = event.target.closest("[data-sequence]");
       if (sequence) { event.preventDefault(); window.moescope.change({ sequence: sequence.dataset.sequence, token: "", page: "" }); return; }
       const t = at(event);
-      if (S && t >= 0) { S.cursor = t; window.moescope.change({ token: tokenNumber(t) }); }
+      if (S && t >= 0 && event.shiftKey && S.cursor >= 0) { reach(S.cursor, t); return; }
+      if (!S || t < 0 || String(window.getSelection()).length > 0) return;  // text was just selected
+      S.range = null;
+      { S.cursor = t; window.moescope.change({ token: tokenNumber(t) }); }
     });
     element.addEventListener("keydown", (event) => {
       if (!S || !S.lineStart) return;
-      const here = S.cursor >= 0 ? S.cursor : topToken();
+      const here = event.shiftKey && S.range ? S.far : S.cursor >= 0 ? S.cursor : topToken();
       const line = S.lineOf[here];
       const move = { ArrowRight: here + 1, ArrowLeft: here - 1, ArrowDown: below(line, 1), ArrowUp: below(line, -1) }[event.key];
+      const plain = !event.ctrlKey && !event.metaKey && !event.altKey;
+      if (plain && { n: 1, p: -1 }[event.key]) { step({ n: 1, p: -1 }[event.key]); return; }
+      if (plain && { "]": 1, "[": -1 }[event.key]) { turn({ "]": 1, "[": -1 }[event.key]); return; }
+      if (event.key === "Escape" && S.range) { S.range = null; draw(true); return; }
       if (event.key === "Enter" && S.cursor >= 0) window.moescope.change({ token: tokenNumber(S.cursor) });
       if (move === undefined) return;
       event.preventDefault();
-      S.cursor = Math.min(S.numbers.length - 1, Math.max(0, move));
+      const there = Math.min(S.numbers.length - 1, Math.max(0, move));
+      if (event.shiftKey) {
+        if (S.cursor < 0) S.cursor = topToken();
+        reveal(there);
+        reach(S.cursor, there);
+        say(there);
+        return;
+      }
+      S.range = null;
+      S.cursor = there;
       reveal(S.cursor);
       draw(true);
       say(S.cursor);
+    });
+    element.addEventListener("copy", (event) => {
+      const range = S && (S.range || marked());
+      if (!range || !event.clipboardData) return;
+      event.clipboardData.setData("text/plain", plainText(range));
+      event.preventDefault();
     });
     let waiting = false;
     element.addEventListener("scroll", () => {
@@ -298,10 +376,64 @@
     return l >= 0 && l < S.lineHead.length ? S.segToken[S.lineStart[l]] : S.cursor;
   }
 
+  /* Tokens that stay selected when their lines are no longer drawn. */
+  function reach(from, to) {
+    S.far = to;
+    S.range = [Math.min(from, to), Math.max(from, to)];
+    draw(true);
+  }
+
+  /* The tokens of the browser's own selection. */
+  function marked() {
+    const selection = window.getSelection();
+    if (!selection || selection.isCollapsed) return null;
+    const ends = [selection.anchorNode, selection.focusNode].map((node) => {
+      const span = node && (node.nodeType === 1 ? node : node.parentElement)?.closest("[data-i]");
+      return span && S.element.contains(span) ? Number(span.dataset.i) : -1;
+    });
+    return ends.includes(-1) ? null : [Math.min(...ends), Math.max(...ends)];
+  }
+
+  /* The text of tokens without the marks that show line breaks; sequences are parted by an empty line. */
+  function plainText([from, to]) {
+    const parts = [];
+    for (let t = from; t <= to; t++) {
+      if (t > from && S.starts.has(t)) parts.push("\n\n");
+      parts.push(S.text.pieces[S.numbers[t]].replaceAll("↵\n", "\n"));
+    }
+    return parts.join("");
+  }
+
+  /* To the next sequence: in sight where this page has it, else on the next page, or the neighbour of the only one shown. */
+  function turn(by) {
+    if (!S || !S.lineStart) return;
+    const all = S.text.sequences;
+    const params = new URLSearchParams(window.location.search);
+    if (all.length === 1 && params.get("sequence")) {
+      const next = BESIDE && BESIDE[by > 0 ? 1 : 0];
+      if (next !== null && next !== undefined) window.moescope.change({ sequence: next, token: "" });
+      return;
+    }
+    let s = S.turned !== undefined && Math.abs(S.turnedTop - S.element.scrollTop) < 2 ? S.turned : sequenceOf(topToken());
+    s += by;
+    if (s < 0 || s >= all.length) {
+      const page = Number(params.get("page") || 1) + by;
+      const last = Number(document.getElementById("tokens-page")?.dataset.pages || 1);
+      if (page >= 1 && page <= last) window.moescope.change({ page: page === 1 ? "" : page, token: "" });
+      return;
+    }
+    const head = S.lineHead.indexOf(s);
+    S.element.scrollTop = Math.max(0, head * LINE);
+    S.cursor = all[s][0];
+    S.turned = s;
+    S.turnedTop = S.element.scrollTop;
+    draw(true);
+  }
+
   function setText(element, text) {
     const canvas = attach(element);
     S = { element, canvas, text, numbers: unpack(text.numbers), special: new Set(text.special), cursor: -1, selected: -1, current: -1,
-          starts: new Set(text.sequences.map(([start]) => start)), paint: null, hits: null, found: null, places: null, at: -1 };
+          starts: new Set(text.sequences.map(([start]) => start)), paint: null, swapped: null, range: null, far: -1, hits: null, found: null, places: null, at: -1 };
     element.scrollTop = 0;
     breakLines();
   }
@@ -310,6 +442,7 @@
     S.paint = paint;
     S.values = unpack(paint);
     S.hits = paint.hits ? unpack(paint.hits) : null;
+    S.swapped = paint.swapped ? unpack(paint.swapped) : null;
     S.pinOf = new Map((paint.pins || []).map((expert, i) => [expert, i]));
   }
 
@@ -321,20 +454,63 @@
     draw(true);
   }
 
+  /* Colours are asked for by the view itself, as soon as the address changes: the frame's controls follow in their own time. */
+  function wantColours(run) {
+    const page = document.getElementById("tokens-page");
+    if (!page || window.location.pathname !== "/tokens") return;
+    const params = new URLSearchParams(window.location.search), kept = new URLSearchParams();
+    kept.set("run", params.get("run") || run);
+    if (kept.get("run") !== run) return;  // another run: its page is on its way
+    for (const name of page.dataset.paint.split(".")) if (params.get(name)) kept.set(name, params.get(name));
+    const wanted = kept.toString();
+    if (wanted === WANTED && document.getElementById("tokview") === VIEW) return;
+    WANTED = wanted;
+    VIEW = document.getElementById("tokview");
+    fetch("/tokens/colours?" + wanted).then((answer) => (answer.ok ? answer.json() : null)).then((paint) => {
+      if (wanted !== WANTED) return;
+      const before = S && S.paint && S.paint.wanted;
+      PAINT = paint;
+      if (!S || S.element !== VIEW) return;
+      if (paint && paint.key === S.text.key) {
+        setPaint(paint);
+        S.element.dataset.ready = "painted";
+      } else if (!paint) { Object.assign(S, { paint: null, hits: null }); S.element.dataset.ready = "text"; }
+      if (!paint || S.paint && S.paint.wanted !== before) match(TOKEN === null);
+      draw(true);
+    }).catch(() => { if (wanted === WANTED) WANTED = null; });
+  }
+
+  window.addEventListener("popstate", () => {
+    const run = document.getElementById("tokens-page")?.dataset.run;
+    if (run) wantColours(run);
+  });
+
   window.dash_clientside = Object.assign({}, window.dash_clientside, {
-    tokens: {
-      show(text, paint, palette) {
+    tokens: Object.assign({}, window.dash_clientside && window.dash_clientside.tokens, {
+      show(text, palette) {
         const element = document.getElementById("tokview");
         if (!element) return;
         PALETTE = palette;
         if (!text) { S = null; attach(element).replaceChildren(); return; }
-        const fresh = !S || S.element !== element || S.text !== text;
-        if (fresh) setText(element, text);
-        const before = S.paint && S.paint.wanted;
-        if (paint && paint.key === text.key) setPaint(paint);
-        if (fresh || (S.paint && S.paint.wanted !== before)) match(TOKEN === null);
+        setText(element, text);
+        if (PAINT && PAINT.key === text.key) setPaint(PAINT);
+        match(TOKEN === null);
         select(TOKEN);
         element.dataset.ready = S.paint ? "painted" : "text";
+      },
+      paint(_search, run) { if (run) wantColours(run); },
+      /* The address of the text: what is in focus decides it only where the filter asks for that. */
+      part(search, wanted, current) {
+        const params = new URLSearchParams(search || "");
+        const of = { expert: ["layer", "expert"], feature: ["sae", "feature"] }[params.get("only")] || [];
+        const conditional = ["layer", "expert", "sae", "feature"];
+        return window.dash_clientside.moescope.slice(search, wanted.filter((name) => !conditional.includes(name) || of.includes(name)), current);
+      },
+      chosen(data) { CHOSEN = data; },
+      beside(data) { BESIDE = data; },
+      arranged(view, mode) {
+        const page = document.getElementById("tokens-page");
+        if (page) { page.dataset.view = view || "text"; page.dataset.mode = mode || ""; }
       },
       find(q) {
         if (Q === (q || "")) return;
@@ -347,11 +523,11 @@
         const token = new URLSearchParams(search || "").get("token");
         select(/^\d+$/.test(token || "") ? Number(token) : null);
       },
-    },
+    }),
   });
 
   document.addEventListener("click", (event) => {
-    const button = event.target.closest && event.target.closest("#match-next, #match-previous");
-    if (button) step(button.id === "match-next" ? 1 : -1);
+    const button = event.target.closest && event.target.closest("#match-next, #match-previous, #sequence-next, #sequence-previous");
+    if (button) (button.id.startsWith("match") ? step : turn)(button.id.endsWith("next") ? 1 : -1);
   });
 })();

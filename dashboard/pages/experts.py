@@ -1,4 +1,4 @@
-"""How the work is shared among experts, layer by layer, and one expert in detail."""
+"""Every expert of the model by any measure, and each expert in detail."""
 
 from __future__ import annotations
 
@@ -9,26 +9,35 @@ import dash
 import dash_mantine_components as dmc
 from dash import Input, Output, State, dcc, html
 
-from moescope.analysis_api import analyze
-from moescope.core.errors import InputError
+from moescope.core.errors import InputError, MoescopeError
 from moescope.core.pages import Page, pages
 from moescope.dashboard import notices
-from moescope.dashboard.browser import in_browser
-from moescope.dashboard.expert_card import expert_card
-from moescope.dashboard.expert_table import expert_table
-from moescope.dashboard.records import find_router, layer_of, routers
+from moescope.dashboard.browser import HIDDEN, in_browser
+from moescope.dashboard.expert_card import card_callbacks, expert_card
+from moescope.dashboard.expert_compare import comparison
+from moescope.dashboard.expert_controls import controls, rank_control
+from moescope.dashboard.expert_table import check, expert_rows, expert_table, ranked, table_words
+from moescope.dashboard.panel import panel
+from moescope.dashboard.records import Router, find_router, layer_of, routers
+from moescope.dashboard.services import services_of
 from moescope.dashboard.side_panel import side_panel
 from moescope.dashboard.url_state import Layer, ViewState, decode, link
 from moescope.store.run import Run
 from moescope.store.store import Store
 
 _TYPED = re.compile(r"L?\s*(\d{1,5})(?:\s+([a-z]+(?:\.\d+)?))?\s*(?:[·.,:/\s-]\s*E?|E)\s*(\d{1,6})", re.IGNORECASE)
-_MINIMUM_HEIGHT = 300
-_CLEAR = "rgba(0,0,0,0)"
+_LARGE = 64
+_ASIDE = {"visibility": "hidden", "position": "fixed", "left": "-9999px", "width": "1000px"}
+"""Out of sight and reach; the grid keeps a width, without which it complains."""
+_SLICES = {
+    "expert-slice": ["layer", "expert", "view"],
+    "expert-table-slice": ["measure", "label", "other", "only", "rank"],
+    "expert-pins-slice": ["pinned", "pins", "layer"],
+}
 
 
 def layout(run: Run, state: ViewState) -> Any:
-    """The load map with a ranked table of experts beside it; an expert card opens at the side."""
+    """The atlas with a ranked table of experts beside it, below it for a large model; a card opens at the side."""
     known = routers(run)
     if not known:
         return notices.empty(
@@ -36,106 +45,118 @@ def layout(run: Run, state: ViewState) -> Any:
             f"{run.name} is a run of a dense model: none of its layers has a router, so there is no load to show. "
             "The token view shows its likelihoods and residual norms.",
         )
-    router = find_router(run, state, known)
-    box = dmc.TextInput(
-        id="expert-box",
-        placeholder="L3·E7",
-        debounce=True,
-        size="xs",
-        w=110,
-        inputProps={"aria-label": "Go to an expert, for instance L3·E7"},
-    )
-    return html.Div(
+    find_router(run, state, known)
+    check(_search(state))
+    large = max(router.experts for router in known) > _LARGE
+    stores = [dcc.Store(id=name) for name in _SLICES] + [
+        dcc.Store(id=f"{name}-wanted", data=wanted) for name, wanted in _SLICES.items()
+    ]
+    rows = expert_rows(run, known)
+    table = html.Div(
         [
-            dcc.Store(id="expert-slice"),
-            dcc.Store(id="expert-wanted", data=["layer", "expert"]),
-            dcc.Store(id="expert-parts", data=["layer", "expert"]),
-            html.Div(
+            dcc.Store(id="expert-table-shown", data="?"),
+            dmc.Group(
                 [
                     html.Div(
                         [
-                            html.Div(id="load-heading", className="figure-heading"),
+                            dmc.Title("Experts ranked", order=2, className="section-title"),
                             html.Div(
-                                dmc.Skeleton(height=_MINIMUM_HEIGHT),
-                                id="load-map",
-                                style={"minHeight": _MINIMUM_HEIGHT},
+                                table_words(len(rows), lowest=False),
+                                id="expert-table-words",
+                                className="muted",
+                                role="status",
                             ),
-                        ],
-                        className="wide-column",
+                        ]
                     ),
-                    html.Div(
-                        [
-                            dmc.Group(
-                                [
-                                    dmc.Title("Experts by load", order=2, className="section-title"),
-                                    dmc.Group([dmc.Text("Go to", className="muted"), box], gap=6),
-                                ],
-                                justify="space-between",
-                                align="flex-start",
-                                mb="xs",
-                            ),
-                            expert_table(
-                                run, known, shown=router if state.layer is not None and state.expert is None else None
-                            ),
-                        ],
-                        className="narrow-column",
-                    ),
+                    rank_control(),
                 ],
-                className="two-columns",
+                justify="space-between",
+                align="flex-start",
+                mb="xs",
             ),
-            side_panel("expert-drawer"),
+            expert_table(rows),
         ],
-        className="has-detail",
+        className="narrow-column",
+    )
+    body = html.Div(
+        [
+            controls(run, known),
+            html.Div(
+                [html.Div(_atlas(run, known), className="wide-column"), table],
+                className="experts-columns stacked" if large else "two-columns experts-columns",
+            ),
+        ],
+        id="expert-main",
+        style=_ASIDE if _full(state) else {},
+    )
+    full = html.Div(id="expert-full", style={} if _full(state) else {"display": "none"})
+    return html.Div(
+        [*stores, html.Div(id="expert-pins"), body, full, side_panel("expert-drawer")],
+        className="has-detail experts-page",
     )
 
 
 def callbacks(app: dash.Dash, store: Store) -> None:
-    """The figure after the table; clicks and the typed box into the address; the card from the address."""
-    in_browser(
-        app,
-        "slice",
-        Output("expert-slice", "data"),
-        Input("url", "search"),
-        State("expert-wanted", "data"),
-        State("expert-slice", "data"),
-    )
+    """The address decides what is shown; clicks, keys and the typed box write it."""
+    answers = services_of(app).answers
+    for name in _SLICES:
+        in_browser(
+            app,
+            "slice",
+            Output(name, "data"),
+            Input("url", "search"),
+            State(f"{name}-wanted", "data"),
+            State(name, "data"),
+        )
     in_browser(app, "row_to_expert", Input("expert-grid", "cellClicked"))
-    in_browser(app, "cell_to_expert", Input("load-graph", "clickData"))
-    in_browser(app, "closed", Input("expert-drawer", "opened"), State("expert-parts", "data"))
-
-    @app.callback(
-        Output("load-map", "children"),
-        Output("load-heading", "children"),
-        Input("page-run", "data"),
-        State("url", "pathname"),
-    )
-    def draw(name: str, path: str) -> tuple[Any, Any]:
-        if path != "/experts":
-            raise dash.exceptions.PreventUpdate
-        return load_map(store.run(name))
+    in_browser(app, "closed", Input("expert-drawer", "opened"), space="experts")
+    in_browser(app, "follow", Output("atlas-line", "title"), Input("url", "search"), space="experts")
+    in_browser(app, "label_shown", Output("atlas-label", "style"), Input({"url": "measure"}, "value"), space="experts")
+    in_browser(app, "unpin", Input("experts-unpin", "n_clicks"), space="experts")
+    card_callbacks(app, store)
 
     @app.callback(
         Output("expert-drawer", "opened"),
         Output("expert-drawer", "title"),
         Output("expert-drawer", "children"),
+        Output("expert-full", "children"),
+        Output("expert-full", "style"),
+        Output("expert-main", "style"),
         Output("expert-grid", "selectedRows"),
         Input("expert-slice", "data"),
         State("page-run", "data"),
     )
-    def show_card(address: str | None, name: str) -> tuple[bool, Any, Any, Any]:
-        state = decode(address)
-        if state.expert is None:
-            return False, None, None, []
+    def show_card(address: str | None, name: str) -> tuple[Any, ...]:
+        if address is None:
+            raise dash.exceptions.PreventUpdate
+        return card(store.run(name), decode(address))
+
+    @app.callback(
+        Output("expert-grid", "columnDefs"),
+        Output("expert-grid", "rowData"),
+        Output("expert-table-words", "children"),
+        Output("expert-table-shown", "data"),
+        Input("expert-table-slice", "data"),
+        State("expert-table-shown", "data"),
+        State("page-run", "data"),
+    )
+    def rank(address: str | None, shown: str, name: str) -> tuple[Any, Any, Any, str]:
+        if address is None or address == shown:
+            raise dash.exceptions.PreventUpdate
         run = store.run(name)
-        known = routers(run)
-        router = find_router(run, state, known)
-        title = dmc.Text(router.expert_name(state.expert), className="detail-title")
-        return (
-            True,
-            title,
-            expert_card(run, router, known, state.expert),
-            {"ids": [f"{layer_of(router, known)}:{state.expert}"]},
-        )
+        try:
+            columns, rows, words = ranked(answers, run, routers(run), address)
+        except MoescopeError as refused:
+            columns, rows, words = ranked(answers, run, routers(run), "")
+            words = f"{words}, by load: {refused.problem}"
+        return columns, rows, words, address
+
+    @app.callback(Output("expert-pins", "children"), Input("expert-pins-slice", "data"), State("page-run", "data"))
+    def pins(address: str | None, name: str) -> Any:
+        if address is None:
+            raise dash.exceptions.PreventUpdate
+        run = store.run(name)
+        return comparison(answers, run, address, routers(run))
 
     @app.callback(
         Output("go-to", "data"),
@@ -143,49 +164,79 @@ def callbacks(app: dash.Dash, store: Store) -> None:
         Input("expert-box", "n_submit"),
         State("expert-box", "value"),
         State("page-run", "data"),
+        State("url", "search"),
     )
-    def go_to_typed(submits: int | None, typed: str | None, name: str) -> tuple[Any, Any]:
+    def go_to_typed(submits: int | None, typed: str | None, name: str, search: str | None) -> tuple[Any, Any]:
         if not submits or not (typed or "").strip():
             raise dash.exceptions.PreventUpdate
         try:
-            return link("/experts", typed_expert(store.run(name), typed or "")), None
+            found = typed_expert(store.run(name), typed or "")
         except InputError as refused:
             return dash.no_update, str(refused.found or refused.expected or refused)
+        return link("/experts", decode(search).but(run=found.run, layer=found.layer, expert=found.expert)), None
 
 
-def load_map(run: Run) -> tuple[Any, Any]:
-    """The load figure as a graph, and its finding with its n as text; a refusal where the run has no loads."""
-    try:
-        result = analyze(run, "load", allow_incomplete=True)
-    except InputError as refused:
-        return notices.refusal(refused), None
-    figure = result.figure(titled=False)
-    figure.update_layout(
-        margin={"l": 56, "r": 8, "t": 32, "b": 44},
-        paper_bgcolor=_CLEAR,
-        plot_bgcolor=_CLEAR,
-        font_size=12,
-        modebar={"bgcolor": _CLEAR, "color": "#868e96", "activecolor": "#1c7ed6"},
+def card(run: Run, state: ViewState) -> tuple[Any, ...]:
+    """What the page shows of the expert of an address: drawer open, its title, its card, the full card, what is hidden.
+
+    A card that is put away stays where it is, out of sight: callbacks that wait for the address still find its parts.
+    """
+    stays = dash.no_update
+    hidden = {"display": "none"}
+    if state.expert is None:
+        return False, stays, stays, stays, hidden, {}, []
+    known = routers(run)
+    router = find_router(run, state, known)
+    selected = {"ids": [f"{layer_of(router, known)}:{state.expert}"]}
+    if _full(state):
+        back = dmc.Anchor("← All experts", href=link("/experts", ViewState(run=run.name)), size="sm")
+        heading = dmc.Title(router.expert_name(state.expert), order=2, className="detail-title")
+        full = html.Div(
+            [dmc.Group([heading, back], gap="md"), expert_card(run, router, known, state.expert, wide=True)]
+        )
+        return False, stays, stays, full, {}, _ASIDE, selected
+    title = dmc.Text(router.expert_name(state.expert), className="detail-title")
+    return True, title, expert_card(run, router, known, state.expert), stays, hidden, {}, selected
+
+
+def _full(state: ViewState) -> bool:
+    return state.expert is not None and state.given("view") == "card"
+
+
+def _search(state: ViewState) -> str:
+    return link("", ViewState(rest=state.rest))
+
+
+def _atlas(run: Run, known: list[Router]) -> Any:
+    """The map with its line to read a cell from, and what marks the cell."""
+    height = max(300, min(710, 200 + 28 * len(known)))
+    shown = panel(
+        "atlas",
+        "expert_atlas",
+        [run],
+        wanted={"measure": "measure", "sort": "sort", "label": "label", "other": "other"},
+        click="expert",
+        height=height,
     )
-    figure.update_xaxes(title_font_size=12)
-    figure.update_yaxes(title_font_size=12)
-    figure.update_traces(colorbar_title_font_size=12, selector={"type": "heatmap"})
-    graph = dcc.Graph(
-        id="load-graph",
-        figure=figure,
-        responsive=True,
-        style={"height": max(_MINIMUM_HEIGHT, figure.layout.height or 0)},
-        config={"displaylogo": False, "modeBarButtonsToRemove": ["select2d", "lasso2d"]},
-    )
-    heading = dmc.Stack(
+    marks = [html.Div(className=f"atlas-{name}", **HIDDEN) for name in ("row", "column", "cell", "selected")]
+    return html.Div(
         [
-            dmc.Title(result.title, order=2, className="section-title foreign"),
-            dmc.Text(result.subtitle(), className="muted foreign"),
-        ],
-        gap=2,
+            html.Div(
+                "Point at a cell, or focus the map: arrow keys move, Enter opens the card.",
+                id="atlas-line",
+                className="atlas-line foreign",
+                role="status",
+            ),
+            html.Div(
+                [shown, *marks],
+                id="atlas",
+                className="atlas",
+                tabIndex="0",
+                role="group",
+                **{"aria-label": "Map of experts: arrow keys move the cell, Enter opens its card"},
+            ),
+        ]
     )
-    how = dmc.Text(f"{result.definition} Click a cell for the expert's card.", className="muted")
-    return [graph, how], heading
 
 
 def typed_expert(run: Run, typed: str) -> ViewState:
@@ -205,5 +256,13 @@ def typed_expert(run: Run, typed: str) -> ViewState:
 
 pages.add(
     "experts",
-    Page("Experts", "/experts", "Routing", 20, "How each layer's work is shared among its experts.", layout, callbacks),
+    Page(
+        "Experts",
+        "/experts",
+        "Routing",
+        20,
+        "Every expert by any measure; one expert in detail, with its tokens.",
+        layout,
+        callbacks,
+    ),
 )

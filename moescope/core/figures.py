@@ -19,6 +19,8 @@ SERIES = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#F0
 SEQUENTIAL = "Cividis"
 DIVERGING = "PuOr"
 CHANCE = "#868e96"
+# For cells with text in them: it lets the page through, so that dark text stays legible on it over white, light text over black.
+TINT = ((0.0, "rgba(234, 122, 28, 0.05)"), (1.0, "rgba(234, 122, 28, 0.6)"))
 
 _FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', Arial, sans-serif"
 

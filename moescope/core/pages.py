@@ -21,6 +21,7 @@ class Page:
         subtitle: one line under the title.
         layout: builds the page from the state in the URL.
         callbacks: registers the page's callbacks on the app; None where it has none.
+        needs_run: whether it shows a run; a page that does not is shown in a store without runs too, with `run=None`.
     """
 
     name: str
@@ -30,6 +31,7 @@ class Page:
     subtitle: str
     layout: Callable[..., Any]
     callbacks: Callable[..., None] | None = None
+    needs_run: bool = True
 
 
 pages: Registry[Page] = Registry("page", "moescope.dashboard.pages")

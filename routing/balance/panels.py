@@ -35,7 +35,7 @@ def panels(frame: pd.DataFrame, metrics: Mapping[str, str], *, null_name: str) -
     figure = make_subplots(
         rows=-(-len(shown) // columns),
         cols=columns,
-        horizontal_spacing=0.1,
+        horizontal_spacing=0.14,
         vertical_spacing=0.14,
     )
     for number, metric in enumerate(shown):

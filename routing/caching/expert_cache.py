@@ -11,11 +11,13 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from moescope.core.analysis import Count, Natural, analysis
+from moescope.core.errors import InputError
 from moescope.core.figures import CHANCE, SERIES
 from moescope.core.result import Result
 from moescope.routing.caching.expert_bytes import bytes_of
 from moescope.routing.caching.hit_rates import Average, HitRates, hit_rates, replay_all
 from moescope.routing.caching.replay import FORESIGHT, POLICIES, POLICY_NAMES, Policy, Rule
+from moescope.routing.caching.steps import in_steps
 from moescope.routing.caching.streams import Sequences, Stream, layer_streams, pool_stream, sequences_of, uses
 from moescope.routing.trace import Trace, read_trace
 from moescope.store.run import Run
@@ -42,6 +44,7 @@ def expert_cache(
     average: Literal["choice", "sequence"] = "choice",
     next_use: Literal["token", "slot"] = "token",
     together: Literal["token", "layer"] = "token",
+    batch: Count = 1,
     expert_bytes: Count | None = None,
     draws: Count = 1000,
     seed: Natural = 0,
@@ -72,6 +75,7 @@ def expert_cache(
         average: the mean over all choices, or over sequences.
         next_use: what Belady counts the time to the next use in.
         together: in a pool, test the experts of all layers before the token (the paper), or each layer's when it comes.
+        batch: consecutive tokens of a sequence that are served together and ask for each of their experts once; layers only.
         expert_bytes: bytes of one expert; from the model's width, neurons and dtype where the run has them.
         draws: bootstrap resamples of documents.
         seed: of the resampling and of the shuffle.
@@ -85,14 +89,19 @@ def expert_cache(
         >>> sorted(set(result.df()["size"]))[:3]
         [1, 2, 3]
     """
+    if batch > 1 and pool == "model":
+        raise InputError("tokens are served together in caches of layers only", fix="take pool=layer, or batch=1")
     trace = read_trace(run)
     streams = layer_streams(trace) if pool == "layer" else [pool_stream(trace, by_layer=together == "layer")]
     sequences = sequences_of(trace)
     chosen: tuple[Policy, ...] = POLICIES if policy == "all" else (policy,)
     largest = max(stream.experts for stream in streams)
     named = min(size or 2 * max(stream.width for stream in streams), largest)
-    rates, nulls = {}, {}
     shuffled, some = _shuffled(trace, streams, sequences, seed)
+    controls = int(some.starts[-1])
+    streams, sequences = in_steps(streams, sequences, batch)
+    shuffled, some = in_steps(shuffled, some, batch)
+    rates, nulls = {}, {}
     for one in chosen:
         rule = Rule(one, horizon, next_use == "token")
         sizes = pool_sizes(trace, streams[0], named) if pool == "model" and one != "lru" else None
@@ -101,7 +110,7 @@ def expert_cache(
         rates[one] = hit_rates(found, preload=preload, draws=draws, seed=seed)
         nulls[one] = hit_rates(control, preload=preload, draws=0, seed=seed)
     held, notes = bytes_of(run, streams, expert_bytes)
-    table = _table(streams, sequences, rates, nulls, held, pool)
+    table = _table(streams, sequences, rates, nulls, held, pool, trace.tokens, batch)
     units = {
         "value": "share of choices",
         "null": "share of choices",
@@ -111,16 +120,16 @@ def expert_cache(
         "bytes": "bytes brought in a token",
     }
     return Result(
-        title=_title(table, named, largest, pool),
+        title=_title(table, named, largest, pool, batch),
         table=table,
         draw=_draw,
         n=int(sum(uses(stream, sequences).sum() for stream in streams)),
-        n_unit="choices",
-        definition=_definition(preload, average, horizon),
+        n_unit="choices" if batch == 1 else f"different experts asked for by steps of {batch} tokens",
+        definition=_definition(preload, average, horizon, batch),
         units={column: unit for column, unit in units.items() if column in table.column_names},
         interval=f"95 % percentile bootstrap over documents, {draws} resamples",
         null="the same replay after the run's tokens are shuffled (all layers alike), which keeps load and removes order, over "
-        f"{some.starts[-1]:,} tokens; `uniform` is C ÷ experts, what a full cache without foresight serves when every expert is as likely",
+        f"{controls:,} tokens; `uniform` is C ÷ experts, what a full cache without foresight serves when every expert is as likely",
         computation="compiled replay: stack distances for LRU, LFU, look-ahead and Belady, one state a size for FIFO and LIFO",
         notes=(*trace.notes, *notes, *_notes(trace, streams)),
     )
@@ -141,12 +150,17 @@ def _shuffled(trace: Trace, streams: list[Stream], sequences: Sequences, seed: i
     return [stream.at(order[: some.starts[-1]]) for stream in streams], some
 
 
-def _definition(preload: bool, average: Average, horizon: int) -> str:
+def _definition(preload: bool, average: Average, horizon: int, batch: int) -> str:
     cold = "The first C different experts of a sequence count as hits." if preload else "Every cache starts empty."
     mean = "over all choices" if average == "choice" else "over sequences"
+    unit = "tokens" if batch == 1 else "steps"
+    what = "choices (token × slot) whose expert the cache holds when the token comes"
+    if batch > 1:
+        what = f"the different experts that {batch} consecutive tokens ask for which the cache holds when they come"
+        mean = mean.replace("choices", "experts asked for")
     return (
-        f"Share of choices (token × slot) whose expert the cache holds when the token comes, mean {mean}; caches are reset at "
-        f"each sequence. {cold} LFU counts uses since the start of the sequence; look-ahead sees {horizon} tokens. "
+        f"Share of {what}, mean {mean}; caches are reset at "
+        f"each sequence. {cold} LFU counts uses since the start of the sequence; look-ahead sees {horizon} {unit}. "
         "transfers: experts brought in, also into free places."
     )
 
@@ -167,10 +181,12 @@ def _table(
     nulls: dict[Policy, HitRates],
     held: list[float | None],
     pool: str,
+    tokens: int,
+    batch: int,
 ) -> pa.Table:
     """Long: one row a policy, layer and size; rows without a layer are of all layers together."""
     counted = np.array([uses(stream, sequences).sum() for stream in streams])
-    tokens, widest = sequences.starts[-1], max(stream.width for stream in streams)
+    widest = max(stream.width for stream in streams)
     frames = []
     for policy, rate in rates.items():
         uniform = _uniform(streams, counted, rate.sizes, policy, pool)
@@ -194,7 +210,8 @@ def _table(
                         "ci_high": rate.high[i][inside],
                         "null": nulls[policy].value[i][inside],
                         "uniform": uniform[i][inside],
-                        "realisable": rate.sizes[inside] >= 2 * (stream.width if stream else widest),
+                        "realisable": rate.sizes[inside]
+                        >= _enough(stream.width if stream else widest, rate.sizes, batch),
                         "transfers": moved[i][inside],
                         "bytes": sent[i][inside],
                         "n": int(counted[i] if stream else counted.sum()),
@@ -203,6 +220,11 @@ def _table(
             )
     frame = pd.concat(frames, ignore_index=True)
     return pa.Table.from_pandas(frame.drop(columns=[] if None not in held else "bytes"), preserve_index=False)
+
+
+def _enough(width: int, sizes: NDArray[np.int64], batch: int) -> int:
+    """The size from which no expert is given up within its own step; all experts are always enough for many tokens."""
+    return 2 * width if batch == 1 else min(2 * width, int(sizes[-1]))
 
 
 def _filled(parts: list[NDArray[np.float64]]) -> NDArray[np.float64]:
@@ -223,12 +245,13 @@ def _uniform(
     return np.concatenate([each, (counted @ each / counted.sum())[None]])
 
 
-def _title(table: pa.Table, named: int, largest: int, pool: str) -> str:
+def _title(table: pa.Table, named: int, largest: int, pool: str, batch: int) -> str:
     frame = table.to_pandas()
     whole = frame[frame["layer"].isna() & (frame["size"] == named)].set_index("policy")
     place = f"A cache of {named} of {largest:,} experts {'a layer' if pool == 'layer' else 'for all layers'}"
     first = "lru" if "lru" in whole.index else str(whole.index[0])
-    served = f"serves {whole['value'][first]:.0%} of the choices by {POLICY_NAMES[first]}"
+    what = "the choices" if batch == 1 else f"what {batch} tokens ask for"
+    served = f"serves {whole['value'][first]:.0%} of {what} by {POLICY_NAMES[first]}"
     best = f", {whole['value']['belady']:.0%} at best (Belady)" if first != "belady" and "belady" in whole.index else ""
     return f"{place} {served}{best}; with tokens shuffled, {whole['null'][first]:.0%} by {POLICY_NAMES[first]}"
 
@@ -263,8 +286,9 @@ def _draw(result: Result) -> go.Figure:
         )
     tight = whole.loc[~whole["realisable"], "size"].max()
     if np.isfinite(tight):
+        words = "below 2k" if result.parameters.get("batch", 1) == 1 else "below twice a step's experts"
         figure.add_vrect(
-            x0=0, x1=tight, fillcolor=CHANCE, opacity=0.12, line_width=0, annotation_text="below 2k", layer="below"
+            x0=0, x1=tight, fillcolor=CHANCE, opacity=0.12, line_width=0, annotation_text=words, layer="below"
         )
     figure.update_xaxes(title=f"size of the cache ({result.units['size']})", type="linear", rangemode="tozero")
     figure.update_yaxes(title="hit rate (share of choices)", range=[0, 1.02], tickformat=".0%")

@@ -152,7 +152,7 @@ def _draw(result: Result) -> go.Figure:
         bounds = "—" if pd.isna(one.ci_low) else f"{one.ci_low:.3g} to {one.ci_high:.3g}"
         hover[place] = [f"{one.value:.3g}", bounds, "—" if pd.isna(one.null) else f"{one.null:.3g}", f"{one.n:,}"]
     largest = np.nanmax(np.abs(values), axis=1, keepdims=True)
-    names = [f"latent {f} ({size:.3g})" for f, size in zip(features, largest[:, 0], strict=True)]
+    names = [f"F{f} ({size:.3g})" for f, size in zip(features, largest[:, 0], strict=True)]
     unit = "excess along the decoder row" if side == "writes" else "logits, active less inactive"
     figure = heatmap(
         values / np.where(largest > 0, largest, 1.0),

@@ -282,7 +282,7 @@ def _lift_points(labels: pd.DataFrame) -> go.Scatter:
         x=value, y=[plain(str(label))[:28] for label in labels["label"]], mode="markers", showlegend=False,
         marker={"color": [SERIES[1] if q < 0.05 else CHANCE for q in labels["q"].fillna(1)], "size": 8},
         error_x={
-            "type": "data", "symmetric": False, "thickness": 1,
+            "type": "data", "symmetric": False, "thickness": 1, "color": CHANCE,
             "array": labels["ci_high"].fillna(value) - value, "arrayminus": value - labels["ci_low"].fillna(value),
         },
         hovertemplate="%{y}: %{x:.3g}<extra></extra>",

@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 
-from moescope.core.figures import plain
+from moescope.core.figures import TINT, plain
 from moescope.routing.features.feature_tables import Window
 
 _BEFORE, _AFTER, _LETTERS = 11, 4, 9
@@ -61,12 +61,13 @@ def draw_examples(
     figure.add_trace(
         go.Heatmap(
             z=cells, x=list(range(-_BEFORE, _AFTER + 1)), y=list(range(len(examples))), text=texts, texttemplate="%{text}",
-            textfont={"size": 11}, customdata=hover, hovertemplate="%{customdata}<extra></extra>", colorscale="Oranges", zmin=0,
-            zmax=1.6, showscale=False, xgap=1, ygap=2,
+            textfont={"size": 11}, customdata=hover, hovertemplate="%{customdata}<extra></extra>", zmin=0,
+            zmax=1, showscale=False, xgap=1, ygap=2, colorscale=[list(at) for at in TINT],
         ),
         **place,
     )  # fmt: skip
     figure.update_yaxes(
-        tickvals=list(range(len(examples))), ticktext=[plain(name) for name in names], autorange="reversed", showgrid=False, **place
+        tickvals=list(range(len(examples))), ticktext=[plain(name) for name in names], autorange="reversed", showgrid=False, zeroline=False,
+        **place
     )  # fmt: skip
     figure.update_xaxes(title="tokens from the peak", showgrid=False, zeroline=False, **place)

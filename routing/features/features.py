@@ -201,7 +201,7 @@ def _points(part: pd.DataFrame, name: str) -> go.Scatter:
         }
     return go.Scatter(
         x=np.log10(part["value"].to_numpy(float)), y=part["maximum"], mode="markers", name=name, marker=marker,
-        customdata=np.stack([part["feature"], part["value"], part["score"].fillna(0)], 1),
+        customdata=np.stack([part["feature"], part["value"], part["score"].fillna(0)], 1), text=[f"F{n}" for n in part["feature"]],
         hovertemplate="latent %{customdata[0]:d}: %{customdata[1]:.3%} of tokens, at most %{y:.3g}, "
         "score %{customdata[2]:.2f}<extra></extra>",
     )  # fmt: skip

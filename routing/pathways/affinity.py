@@ -233,7 +233,7 @@ def _draw(result: Result) -> go.Figure:
 
     frame = result.df()
     units = ("bits", "share", result.units["value[affinity]"])
-    figure = make_subplots(rows=1, cols=3, horizontal_spacing=0.09)
+    figure = make_subplots(rows=1, cols=3, horizontal_spacing=0.13)
     for column, metric in enumerate(_METRICS, start=1):
         part = frame[frame["metric"] == metric]
         names = [f"{layer_name(r.layer, r.block)}→{layer_name(r.to_layer, r.to_block)}" for r in part.itertuples()]

@@ -238,8 +238,8 @@ def _title(frame: pd.DataFrame) -> str:
     left = remains("writer", "massive activation that remains")
     sink = remains("writer", "attention to first tokens that remains")
     names = " and ".join(short(str(writer["what"])).rsplit(", ", 1))
-    parts = [f"{left:.0%} of the massive activation ({place})"]
-    parts += [f"{sink:.0%} of the attention to first tokens"] if np.isfinite(sink) else []
+    parts = [f"{left:.1%} of the massive activation ({place})"]
+    parts += [f"{sink:.1%} of the attention to first tokens"] if np.isfinite(sink) else []
     return f"Without {names}, {' and '.join(parts)} remain{'s' * (len(parts) == 1)}, and {cost}"
 
 

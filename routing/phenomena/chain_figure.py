@@ -12,7 +12,7 @@ from moescope.core.result import Result
 _NODES = ("writer", "massive activation", "sink", "heads")
 _TITLES = ("Writer", "Massive activation", "Attention sink", "Retrieval heads")
 _X = (0.0, 1.0, 2.0, 3.0)
-_HALF, _TOP, _BOTTOM = 0.36, 1.0, 0.42
+_HALF, _TOP, _BOTTOM = 0.41, 1.0, 0.42
 # Arrow → (what remains, of it the cuts that are told: link and words).
 _ARROWS = (
     ("massive activation that remains", (("writer", "writer cut"),)),
@@ -54,7 +54,7 @@ def _node(figure: go.Figure, number: int, row: pd.Series) -> None:
         line={"color": colour, "width": 2, "dash": "dot" if missing else "solid"},
         fillcolor="rgba(0,0,0,0.02)",
     )  # fmt: skip
-    lines = [f"<b>{_TITLES[number]}</b>", *(wrapped(plain(line), 30) for line in _lines(number, row))]
+    lines = [f"<b>{_TITLES[number]}</b>", *(wrapped(plain(line), 22) for line in _lines(number, row))]
     figure.add_annotation(x=x, y=(_TOP + _BOTTOM) / 2, text="<br>".join(lines), showarrow=False, font={"size": 12})
 
 
@@ -82,18 +82,18 @@ def _arrow(figure: go.Figure, number: int, frame: pd.DataFrame, metric: str, cut
     start, end = _X[number] + _HALF, _X[number + 1] - _HALF
     figure.add_annotation(
         x=end, y=0.71, ax=start, ay=0.71, xref="x", yref="y", axref="x", ayref="y", showarrow=True, arrowhead=3, arrowwidth=2,
-        arrowcolor="#495057", text="",
+        arrowcolor=CHANCE, text="",
     )  # fmt: skip
     lines = []
     for link, words in cuts:
         found = frame[(frame["node"] == link) & (frame["metric"] == metric)]
         if len(found):
             row = found.iloc[0]
-            control = f" (random {row['null']:.0%})" if pd.notna(row["null"]) else ""
-            lines.append(f"{words}: <b>{row['value']:.0%}</b> remains{control}")
+            control = f"<br>random cuts: {row['null']:.1%}" if pd.notna(row["null"]) else ""
+            lines.append(f"{words}: <b>{row['value']:.1%}</b> remains{control}")
     text = "<br>".join(lines) if lines else "not cut"
     figure.add_annotation(
-        x=(_X[number] + _X[number + 1]) / 2, y=0.25, text=text, showarrow=False, font={"size": 11}, yanchor="middle"
+        x=(_X[number] + _X[number + 1]) / 2, y=0.22, text=text, showarrow=False, font={"size": 11}, yanchor="middle"
     )
 
 

@@ -71,9 +71,10 @@ def condition_of(run: Run, metric: str) -> str:
     return str(found[0][0]) if found else "base"
 
 
-def head_record(run: Run, metric: str) -> HeadRecord | None:
-    """One metric of a run, under its one condition; None where the run has none of it."""
-    rows = run.sql(HEADS_SQL, {"metric": metric, "condition": condition_of(run, metric)}).df()
+def head_record(run: Run, metric: str, *, condition: str | None = None) -> HeadRecord | None:
+    """One metric of a run, under a condition, its own where not given; None where the run has none of it."""
+    under = condition_of(run, metric) if condition is None else condition
+    rows = run.sql(HEADS_SQL, {"metric": metric, "condition": under}).df()
     if rows.empty:
         return None
     documents = np.sort(rows["document_id"].unique())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import plotly.graph_objects as go
 
-from moescope.core.figures import CHANCE, SERIES, heatmap, log_axis
+from moescope.core.figures import CHANCE, SERIES, TINT, heatmap, log_axis
 from moescope.core.result import Result
 from moescope.routing.grid import layer_name
 
@@ -91,8 +91,13 @@ def draw_sensitivity(result: Result) -> go.Figure:
         customdata=thresholds.to_numpy(np.float64)[..., None],
     )
     step = max(1, int(counts.to_numpy().max() - counts.to_numpy().min()) // 5)
-    figure.update_traces(text=counts.to_numpy().astype(int), texttemplate="%{text}", colorbar={"dtick": step})
-    figure.update_xaxes(title="fraction of the largest output")
-    figure.update_yaxes(title="percentile of A")
+    figure.update_traces(
+        text=counts.to_numpy().astype(int),
+        texttemplate="%{text}",
+        colorbar={"dtick": step},
+        colorscale=[list(at) for at in TINT],
+    )
+    figure.update_xaxes(title="fraction of the largest output", showgrid=False)
+    figure.update_yaxes(title="percentile of A", showgrid=False)
     figure.update_layout(height=400)
     return figure

@@ -16,17 +16,19 @@ def fill(
     capacity: NDArray[Any],
     real: int,
     order: NDArray[Any],
-    kept: NDArray[Any],
+    refusals: NDArray[Any],
 ) -> None:
-    """Mark the decisions that find room: each expert takes a batch's decisions in `order` until it is full.
+    """Count for each decision at how many capacities it finds no room: each expert takes a batch's decisions in `order`.
+
+    A decision is as far back in its expert's queue whatever the capacity, so one pass serves them all.
 
     Args:
         experts: [token, k].
         starts: [batch + 1] first token of each batch.
-        capacity: [batch] decisions that one expert takes.
+        capacity: [batch, factor] decisions that one expert takes, ascending along each row.
         real: experts below this id have a capacity; null experts always have room.
         order: [token × k] flat numbers of decisions, batch by batch.
-        kept: [token, k] filled.
+        refusals: [token, k] filled; without room at the first so many factors.
     """
     k = experts.shape[1]
     for batch in range(len(capacity)):
@@ -35,10 +37,12 @@ def fill(
             token, slot = order[place] // k, order[place] % k
             expert = experts[token, slot]
             if expert >= real:
-                kept[token, slot] = True
-            elif load[expert] < capacity[batch]:
-                load[expert] += 1
-                kept[token, slot] = True
+                continue
+            factor = 0
+            while factor < capacity.shape[1] and load[expert] >= capacity[batch, factor]:
+                factor += 1
+            load[expert] += 1
+            refusals[token, slot] = factor
 
 
 @njit(cache=True, nogil=True)

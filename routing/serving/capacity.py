@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
@@ -12,9 +13,9 @@ from numpy.typing import NDArray
 from moescope.core.analysis import Count, Natural, analysis
 from moescope.core.errors import InputError
 from moescope.core.result import Result
+from moescope.core.statistics import bootstrap_ratio
 from moescope.routing.grid import layer_name
-from moescope.routing.pathways.estimates import estimate
-from moescope.routing.pathways.pairs import router_chain
+from moescope.routing.pathways.pairs import document_groups, router_chain
 from moescope.routing.serving.batches import Batches, balanced_router, cut
 from moescope.routing.serving.filling import Filling, Priority
 from moescope.routing.trace import Router, Trace, read_trace
@@ -22,6 +23,7 @@ from moescope.store.run import Run
 
 FACTORS = (1.0, 1.25, 1.5, 2.0)
 _TENTHS = 10
+_ROWS = 2_000  # beyond so many documents, neighbours are resampled together
 
 
 @analysis(
@@ -35,6 +37,7 @@ def capacity(
     run: Run,
     *,
     factor: float | None = None,
+    factors: str | None = None,
     batch: Count | None = None,
     priority: Literal["slot", "token", "weight"] = "slot",
     minimum: Natural = 4,
@@ -57,6 +60,7 @@ def capacity(
 
     Args:
         factor: capacity over fair share; none for 1, 1.25, 1.5 and 2.
+        factors: several of them in one pass, ascending, such as 1,1.5,2; none for `factor`.
         batch: tokens served together, in the order of the run; none for each sequence by itself.
         priority: who comes first.
         minimum: smallest capacity.
@@ -75,13 +79,12 @@ def capacity(
         >>> float(frame[frame.metric == "dropped"].value.max())
         0.0
     """
-    if factor is not None and not 0 < factor < np.inf:
-        raise InputError(f"parameter 'factor' cannot be {factor}", expected="a number above 0")
+    asked = _asked(factor, factors)
     trace = read_trace(run)
     routers = router_chain(trace, block)
     batches = cut(trace, batch)
     study = _Study(trace, batches, priority, minimum, reroute, samples, draws, seed)
-    rows = [row for value in ((factor,) if factor else FACTORS) for row in study.rows(routers, value)]
+    rows = study.rows(routers, asked)
     return Result(
         title=_title(rows, None if batch is None else int(batches.sizes.max())),
         table=pa.Table.from_pylist(rows),
@@ -100,7 +103,7 @@ def capacity(
             "factor": "capacity ÷ fair share",
             "tenth": "tenth of the batch",
         },
-        interval=f"95 % percentile bootstrap over documents, {draws} resamples",
+        interval=interval_words(draws, trace.n_documents),
         null=f"a balanced router that draws every set of k experts alike, mean of {samples}",
         notes=(*trace.notes, *batches.notes),
         computation="replay of every batch against the capacity",
@@ -114,8 +117,44 @@ _ORDER = {
 }
 
 
+def _asked(factor: float | None, factors: str | None) -> tuple[float, ...]:
+    """The capacity factors, ascending."""
+    if factor is not None and factors is not None:
+        raise InputError("factor and factors cannot both be given", fix="leave one of them out")
+    if factor is not None and not 0 < factor < np.inf:
+        raise InputError(f"parameter 'factor' cannot be {factor}", expected="a number above 0")
+    if factors is None:
+        return FACTORS if factor is None else (factor,)
+    try:
+        asked = sorted({float(part) for part in factors.split(",")})
+    except ValueError:
+        asked = []
+    if not asked or not all(0 < value < np.inf for value in asked):
+        raise InputError(f"parameter 'factors' cannot be {factors!r}", expected="numbers above 0, such as 1,1.5,2")
+    return tuple(asked)
+
+
+def interval_words(draws: int, documents: int) -> str:
+    """What `ci_low` and `ci_high` are, in words."""
+    groups = f", in {_ROWS:,} groups of neighbours" if documents > _ROWS else ""
+    return f"95 % percentile bootstrap over documents{groups}, {draws} resamples"
+
+
+@dataclass(frozen=True)
+class _Dropped:
+    """What one router drops at every factor.
+
+    Attributes:
+        by_cell: [document, tenth, factor] decisions.
+        tokens: [document, factor] tokens that lose every expert.
+    """
+
+    by_cell: NDArray[np.float64]
+    tokens: NDArray[np.float64]
+
+
 class _Study:
-    """Replays one capacity factor after the other."""
+    """Replays all capacity factors, router by router."""
 
     def __init__(
         self, trace: Trace, batches: Batches, priority: Priority, minimum: int, reroute: bool, samples: int, draws: int,
@@ -125,73 +164,109 @@ class _Study:
         self.filling = Filling(trace, batches, priority, minimum)
         self.draws, self.seed, self.samples = draws, seed, samples
         at = np.arange(len(batches.rows)) - np.repeat(batches.starts[:-1], batches.sizes)
-        self.tenth = at * _TENTHS // np.repeat(batches.sizes, batches.sizes)
-        self.document = trace.document[batches.rows]
-        self._chance: dict[tuple[int, int, int, float], tuple[NDArray[np.float64], float]] = {}
+        tenth = at * _TENTHS // np.repeat(batches.sizes, batches.sizes)
+        group, self.groups = document_groups(trace, _ROWS)
+        self.document = group[batches.rows].astype(np.int64)
+        self.cell = self.document * _TENTHS + tenth
+        self.tokens = np.bincount(self.cell, minlength=self.groups * _TENTHS).reshape(-1, _TENTHS).astype(np.float64)
+        self._chance: dict[tuple[int, int, int], _Dropped] = {}
 
-    def rows(self, routers: tuple[Router, ...], factor: float) -> list[dict[str, Any]]:
-        """All rows of one factor: by router, by tenth of the batch, and over all."""
-        documents = self.trace.n_documents
-        lost, size = np.zeros((2, documents, _TENTHS)), np.zeros((documents, _TENTHS))
-        cells = self.document.astype(np.int64) * _TENTHS + self.tenth
-        everything = np.zeros(documents)
-        rows, chance = [], []
+    def rows(self, routers: tuple[Router, ...], factors: tuple[float, ...]) -> list[dict[str, Any]]:
+        """Factor by factor: rows by router, over all, and by tenth of the batch."""
+        rows: list[list[dict[str, Any]]] = [[] for _ in factors]
+        shape = (self.groups, _TENTHS, len(factors))
+        lost, null, everything = np.zeros(shape), np.zeros(shape), np.zeros((self.groups, len(factors)))
+        chance = np.zeros(len(factors))
         for router in routers:
-            kept = self.filling.kept(router, factor)
-            null, null_lost = self._balanced(router, factor, cells)
-            by_cell = self._by_cell(kept, cells)
-            decisions = np.bincount(cells, minlength=size.size).reshape(size.shape) * router.top_k
-            lost += np.stack([by_cell, null])
-            size += decisions
-            everything += np.bincount(self.document, weights=~kept.any(1), minlength=documents)
-            chance.append(null_lost)
-            place = {"layer": router.layer, "block": router.block, "factor": factor}
-            rows.append(place | self._share("dropped", by_cell.sum(1), decisions.sum(1), null.sum() / decisions.sum()))
-            rows.append(place | self._slots(router, factor, kept.size))
-            if self.reroute:
-                left = ~(kept | self.filling.rerouted(router, kept, factor))
-                gone = np.bincount(self.document, weights=left.sum(1), minlength=documents)
-                rows.append(place | self._share("dropped after reroute", gone, decisions.sum(1), None))
-        whole = {"layer": None, "block": None, "factor": factor}
-        rows.append(whole | self._share("dropped", lost[0].sum(1), size.sum(1), lost[1].sum() / size.sum()))
-        pairs = np.bincount(self.document, minlength=documents).astype(np.float64) * len(routers)
-        rows.append(whole | self._share("tokens that lose every expert", everything, pairs, float(np.mean(chance))))
+            refusals = self.filling.refusals(router, factors)
+            found, balanced = self._dropped(refusals, len(factors)), self._balanced(router, factors)
+            lost += found.by_cell
+            null += balanced.by_cell
+            everything += found.tokens
+            chance += balanced.tokens.sum(0) / self.tokens.sum() / len(routers)
+            decisions = self.tokens.sum(1) * router.top_k
+            expected = balanced.by_cell.sum((0, 1)) / decisions.sum()
+            dropped = self._shares("dropped", found.by_cell.sum(1), decisions, expected)
+            for number, factor in enumerate(factors):
+                place = {"layer": router.layer, "block": router.block, "factor": factor}
+                rows[number] += [place | dropped[number], place | self._slots(router, factor, refusals.size)]
+                if self.reroute:
+                    kept = refusals <= number
+                    left = (~(kept | self.filling.rerouted(router, kept, factor))).sum(1)
+                    gone = np.bincount(self.document, weights=left, minlength=self.groups)
+                    rows[number].append(
+                        place | self._shares("dropped after reroute", gone[:, None], decisions, None)[0]
+                    )
+        size = self.tokens * sum(router.top_k for router in routers)
+        pairs = self.tokens.sum(1) * len(routers)
+        found_rows = [
+            self._shares("dropped", lost.sum(1), size.sum(1), null.sum((0, 1)) / size.sum()),
+            self._shares("tokens that lose every expert", everything, pairs, chance),
+        ]
         for tenth in range(_TENTHS):
             if size[:, tenth].sum():
-                null_share = lost[1, :, tenth].sum() / size[:, tenth].sum()
-                found = self._share("dropped in a tenth of the batch", lost[0, :, tenth], size[:, tenth], null_share)
-                rows.append(whole | found | {"tenth": tenth + 1})
-        return rows
+                expected = null[:, tenth].sum(0) / size[:, tenth].sum()
+                at = self._shares("dropped in a tenth of the batch", lost[:, tenth], size[:, tenth], expected)
+                found_rows.append([row | {"tenth": tenth + 1} for row in at])
+        for number, factor in enumerate(factors):
+            rows[number] += [{"layer": None, "block": None, "factor": factor} | each[number] for each in found_rows]
+        return [row for part in rows for row in part]
 
-    def _balanced(self, router: Router, factor: float, cells: NDArray[np.int64]) -> tuple[NDArray[np.float64], float]:
-        """What a balanced router of the same size drops: [document, tenth] decisions, share of tokens losing every expert."""
-        key = (router.n_experts, router.n_null, router.top_k, factor)
+    def _balanced(self, router: Router, factors: tuple[float, ...]) -> _Dropped:
+        """What a balanced router of the same size drops, mean of the samples."""
+        key = (router.n_experts, router.n_null, router.top_k)
         if key not in self._chance:
-            generator = np.random.default_rng([self.seed, *key[:3]])
+            generator = np.random.default_rng([self.seed, *key])
             drawn = [balanced_router(router, self.trace.tokens, generator) for _ in range(self.samples)]
-            kept = [self.filling.kept(each, factor) for each in drawn]
-            by_cell = np.mean([self._by_cell(each, cells) for each in kept], axis=0)
-            self._chance[key] = by_cell, float(np.mean([(~each.any(1)).mean() for each in kept]))
+            found = [self._dropped(self.filling.refusals(each, factors), len(factors)) for each in drawn]
+            self._chance[key] = _Dropped(
+                np.mean([each.by_cell for each in found], axis=0), np.mean([each.tokens for each in found], axis=0)
+            )
         return self._chance[key]
 
-    def _by_cell(self, kept: NDArray[np.bool_], cells: NDArray[np.int64]) -> NDArray[np.float64]:
-        """[document, tenth] decisions dropped."""
-        size = self.trace.n_documents * _TENTHS
-        lost = np.bincount(cells, weights=(~kept).sum(1), minlength=size)
-        return lost.astype(np.float64).reshape(-1, _TENTHS)
+    def _dropped(self, refusals: NDArray[np.uint16], factors: int) -> _Dropped:
+        k = refusals.shape[1]
+        by_cell = _more_than(refusals.ravel(), np.repeat(self.cell, k), self.groups * _TENTHS, factors)
+        tokens = _more_than(refusals.min(axis=1), self.document, self.groups, factors)
+        return _Dropped(by_cell.reshape(self.groups, _TENTHS, factors), tokens)
 
     def _slots(self, router: Router, factor: float, decisions: int) -> dict[str, Any]:
         value = self.filling.slots_per_decision(router, factor)
         return {"metric": "slots provided", "value": value, "n": decisions}
 
-    def _share(self, metric: str, lost: NDArray[Any], size: NDArray[Any], null: float | None) -> dict[str, Any]:
-        found = estimate(lost, size, draws=self.draws, seed=self.seed)
-        return {"metric": metric, "tenth": None, **found, "null": null, "n": int(size.sum())}
+    def _shares(
+        self, metric: str, lost: NDArray[Any], size: NDArray[Any], null: NDArray[np.float64] | None
+    ) -> list[dict[str, Any]]:
+        """The share lost at every factor, from [document, factor] decisions lost and [document] decisions."""
+        present = size > 0
+        found = bootstrap_ratio(
+            lost[present].astype(np.float64), size[present, None].astype(np.float64), draws=self.draws, seed=self.seed
+        )
+        values = np.stack(found, axis=-1)
+        return [
+            {
+                "metric": metric,
+                "tenth": None,
+                **{
+                    name: None if np.isnan(part) else float(part)
+                    for name, part in zip(("value", "ci_low", "ci_high"), values[number], strict=True)
+                },
+                "null": None if null is None else float(null[number]),
+                "n": int(size.sum()),
+            }
+            for number in range(lost.shape[1])
+        ]
+
+
+def _more_than(refusals: NDArray[Any], cell: NDArray[np.int64], cells: int, factors: int) -> NDArray[np.float64]:
+    """[cell, factor] how many have been refused at more than so many of the smaller factors, which is at this one too."""
+    counts = np.bincount(cell * (factors + 1) + refusals, minlength=cells * (factors + 1)).reshape(cells, factors + 1)
+    return np.cumsum(counts[:, ::-1], axis=1)[:, ::-1][:, 1:].astype(np.float64)
 
 
 def _title(rows: list[dict[str, Any]], batch: int | None) -> str:
     whole = [row for row in rows if row["metric"] == "dropped" and row["layer"] is None]
-    first = whole[0]
+    first = next((row for row in whole if row["factor"] == 1), whole[0])
     tenths = [
         row for row in rows if row["metric"] == "dropped in a tenth of the batch" and row["factor"] == first["factor"]
     ]
@@ -210,6 +285,10 @@ def _draw(result: Result) -> go.Figure:
     from moescope.core.figures import CHANCE, SERIES
 
     frame = result.df()
+    if frame["factor"].nunique() > len(SERIES):
+        from moescope.routing.serving.capacity_curve import draw_curve
+
+        return draw_curve(frame)
     figure = make_subplots(rows=1, cols=2, horizontal_spacing=0.1)
     by_tenth = frame[frame["metric"] == "dropped in a tenth of the batch"]
     by_layer = frame[(frame["metric"] == "dropped") & frame["layer"].notna()]

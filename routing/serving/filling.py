@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -22,6 +23,7 @@ class Filling:
             trace.require_weights()
         self.trace, self.batches, self.priority, self.minimum = trace, batches, priority, minimum
         self._orders: dict[Any, NDArray[np.int64]] = {}
+        self._preferences: tuple[tuple[int, str], NDArray[np.uint16]] | None = None
 
     def capacity(self, router: Router, factor: float) -> NDArray[np.int64]:
         """[batch] decisions one expert takes."""
@@ -35,28 +37,36 @@ class Filling:
         real = router.n_experts - router.n_null
         return float(self.capacity(router, factor).sum() * real / (len(self.batches.rows) * router.top_k))
 
-    def kept(self, router: Router, factor: float) -> NDArray[np.bool_]:
-        """[token of the batches, k] whether the decision finds room."""
+    def refusals(self, router: Router, factors: Sequence[float]) -> NDArray[np.uint16]:
+        """[token of the batches, k] at how many of the factors, which ascend, the decision finds no room: the first so many."""
         from moescope.routing.serving.batch_kernels import fill
 
         experts = router.experts[self.batches.rows]
-        kept = np.zeros(experts.shape, np.bool_)
+        found = np.zeros(experts.shape, np.uint16)
         real = router.n_experts - router.n_null
-        fill(experts, self.batches.starts, self.capacity(router, factor), real, self.order(router), kept)
-        return kept
+        capacity = np.stack([self.capacity(router, factor) for factor in factors], axis=1)
+        fill(experts, self.batches.starts, capacity, real, self.order(router), found)
+        return found
 
     def rerouted(self, router: Router, kept: NDArray[np.bool_], factor: float) -> NDArray[np.bool_]:
         """[token of the batches, k] whether a decision without room found some at its token's next choices."""
         from moescope.routing.serving.batch_kernels import reroute
 
         experts = router.experts[self.batches.rows]
-        scores = read_logits(self.trace.run, router, self.trace.token[self.batches.rows])
-        ranked = np.argsort(-scores, axis=1, kind="stable").astype(np.uint16)
+        ranked = self._ranked(router)
         placed = np.zeros(experts.shape, np.bool_)
         real = router.n_experts - router.n_null
         capacity, order = self.capacity(router, factor), self.order(router)
         reroute(experts, kept, ranked, self.batches.starts, capacity, real, order, placed)
         return placed
+
+    def _ranked(self, router: Router) -> NDArray[np.uint16]:
+        """[token of the batches, expert] ids by falling logit; of the router looked at last."""
+        key = (router.layer, router.block)
+        if self._preferences is None or self._preferences[0] != key:
+            scores = read_logits(self.trace.run, router, self.trace.token[self.batches.rows])
+            self._preferences = key, np.argsort(-scores, axis=1, kind="stable").astype(np.uint16)
+        return self._preferences[1]
 
     def order(self, router: Router) -> NDArray[np.int64]:
         """[token × k] flat numbers of decisions in order of priority, batch by batch."""

@@ -39,6 +39,7 @@ def placement(
     run: Run,
     *,
     devices: Count = 4,
+    sweep: str | None = None,
     batch: Count = 512,
     pairs: Literal["first", "all"] = "first",
     solver: Literal["local", "milp"] = "local",
@@ -62,6 +63,7 @@ def placement(
 
     Args:
         devices: how many; at most as many as the smallest layer has experts.
+        sweep: several numbers of devices in one answer, such as 2,4,8; none for `devices` alone.
         batch: tokens served together, in the order of the run.
         pairs: which experts of consecutive routers make a crossing.
         solver: for the affinity.
@@ -85,24 +87,35 @@ def placement(
     trace = read_trace(run)
     routers = router_chain(trace, block)
     halves = halve(trace, seed)
-    used = min(devices, *(router.n_experts - router.n_null for router in routers))
+    most = min(router.n_experts - router.n_null for router in routers)
+    numbers = _numbers(sweep) if sweep else [devices]
+    tried = sorted({min(number, most) for number in numbers})
+    used = tried[-1]
     fitted = FittedHalf(trace, routers, halves, devices=used, batch=batch, pairs=pairs)
     judged = JudgedHalf(trace, routers, halves, devices=used, batch=batch, pairs=pairs)
     judged.batches.require_loads(judged.loads)
-    plans = {"contiguous": fitted.contiguous(), "load": fitted.by_load(), "anti-correlation": fitted.apart(seconds)}
-    if len(routers) > 1:
-        plans["affinity"] = fitted.aligned(seconds, seed, solver)
-    generator = np.random.default_rng(seed)
-    chance = [fitted.at_random(generator) for _ in range(randoms)]
-    rows = _measured(judged, plans, chance, draws, seed) + _placed(routers, plans)
-    fewer = (f"The smallest layer has {used} experts, so {used} devices are used.",) if used < devices else ()
+    rows: list[dict[str, Any]] = []
+    solvers: dict[str, list[int]] = {}
+    for number in tried:
+        fitted.devices = judged.devices = number
+        plans = {"contiguous": fitted.contiguous(), "load": fitted.by_load(), "anti-correlation": fitted.apart(seconds)}
+        if len(routers) > 1:
+            plans["affinity"] = fitted.aligned(seconds, seed, solver)
+        generator = np.random.default_rng(seed)
+        chance = [fitted.at_random(generator) for _ in range(randoms)]
+        found = _measured(judged, plans, chance, draws, seed) + _placed(routers, plans)
+        rows += [{"devices": number} | row for row in found] if sweep else found
+        for name, plan in plans.items():
+            solvers.setdefault(f"{name}: {plan.solver}", []).append(number)
+    fewer = (f"The smallest layer has {used} experts, so {used} devices are used.",) if used < max(numbers) else ()
+    on = f"{used}" if len(tried) == 1 else f"{tried[0]} to {used}"
     return Result(
-        title=_title(rows, used),
+        title=_title(rows, devices if devices in tried else used),
         table=pa.Table.from_pylist(rows),
         draw=_draw,
         n=len(halves.judged),
         n_unit=f"held-out tokens of {halves.documents:,} documents",
-        definition=f"Experts of every layer on {used} devices, equally many on each. Crossings a token: changes of device between "
+        definition=f"Experts of every layer on {on} devices, equally many on each. Crossings a token: changes of device between "
         f"consecutive routers, by {'first choices' if pairs == 'first' else 'all pairs of chosen experts'}; busiest ÷ mean "
         f"device: Σ over layers of the busiest device's load over Σ of the mean load, in batches of "
         f"{int(judged.batches.sizes.max()):,} tokens.",
@@ -117,11 +130,29 @@ def placement(
         notes=(
             *trace.notes,
             *fewer,
-            *(f"{name}: {plan.solver}." for name, plan in plans.items()),
+            *_told(solvers, tried),
             f"Fitted on {len(halves.fitted):,} tokens of other documents.",
         ),
         computation="loads and joint counts of half of the documents, solvers, the same counts of the other half",
     )
+
+
+def _numbers(sweep: str) -> list[int]:
+    """Numbers of devices from text."""
+    try:
+        numbers = sorted({int(part) for part in sweep.split(",")})
+    except ValueError:
+        numbers = []
+    if not numbers or numbers[0] < 1:
+        raise InputError(f"parameter 'sweep' cannot be {sweep!r}", expected="whole numbers from 1, such as 2,4,8")
+    return numbers
+
+
+def _told(solvers: dict[str, list[int]], tried: list[int]) -> list[str]:
+    """How each placement was found, with the numbers of devices where that differs."""
+    return [
+        f"{text}." if on == tried else f"{text} (on {', '.join(map(str, on))} devices)." for text, on in solvers.items()
+    ]
 
 
 def _measured(
@@ -178,7 +209,8 @@ def _placed(routers: tuple[Router, ...], plans: dict[str, Plan]) -> list[dict[st
 
 def _title(rows: list[dict[str, Any]], devices: int) -> str:
     def of(name: str, metric: str) -> dict[str, Any] | None:
-        return next((row for row in rows if row["placement"] == name and row["metric"] == metric), None)
+        at = (row for row in rows if row.get("devices", devices) == devices)
+        return next((row for row in at if row["placement"] == name and row["metric"] == metric), None)
 
     parts = []
     if (best := of("affinity", _CROSSINGS)) is not None and (usual := of("contiguous", _CROSSINGS)) is not None:
@@ -200,6 +232,10 @@ def _draw(result: Result) -> go.Figure:
     from moescope.core.figures import CHANCE, SERIES
 
     frame = result.df()
+    if "devices" in frame:
+        from moescope.routing.serving.placement_curve import draw_curve
+
+        return draw_curve(frame)
     metrics = [metric for metric in (_CROSSINGS, _MEAN, _TAIL) if (frame["metric"] == metric).any()]
     figure = make_subplots(rows=1, cols=max(len(metrics), 1), horizontal_spacing=0.09)
     for column, metric in enumerate(metrics, start=1):

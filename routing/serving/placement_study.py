@@ -107,7 +107,7 @@ class JudgedHalf:
         self.each = [
             1.0 if pairs == "first" else float(here.top_k * there.top_k) for here, there in itertools.pairwise(routers)
         ]
-        self.device_count = devices
+        self.devices = devices
 
     def crossings(self, plans: Sequence[Plan]) -> Floats:
         """[plan, group of documents] crossings from layer to layer, summed over tokens and steps."""
@@ -129,7 +129,7 @@ class JudgedHalf:
         for loads, placement in zip(self.loads, plan.devices, strict=True):
             held = device_loads(loads, placement)
             busiest += held.max(1)
-            mean += loads.sum(1) / self.device_count
+            mean += loads.sum(1) / self.devices
         return quotient(busiest, mean)
 
 

@@ -12,7 +12,7 @@ HOST = {"Host": "127.0.0.1:8050"}
 OWN = {**HOST, "Origin": "http://127.0.0.1:8050"}
 OUTPUTS = [
     ("page", "children"),
-    ("navigation", "children"),
+    ("palette-run", "data"),
     ("run-bar", "children"),
     ("run-status", "children"),
     ("run-picker", "data"),
@@ -100,7 +100,7 @@ def test_answers_are_compressed(client: Any) -> None:
 
 
 def test_a_failure_is_told_in_words_without_a_traceback(client: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(*_: Any) -> None:
+    def broken(*_: Any, **__: Any) -> None:
         raise ZeroDivisionError("planted <b>failure</b>")
 
     monkeypatch.setattr("moescope.dashboard.shell.frame", broken)

@@ -11,7 +11,7 @@ from moescope.core.errors import InputError
 from moescope.core.pages import pages
 from moescope.dashboard import shell
 from moescope.dashboard.app import create_app
-from moescope.dashboard.pages.experts import load_map, typed_expert
+from moescope.dashboard.pages.experts import typed_expert
 from moescope.dashboard.url_state import Layer
 from moescope.store.store import Store
 
@@ -136,14 +136,6 @@ def test_without_a_name_the_newest_run_is_shown(store_of: Callable[..., Store], 
     assert parts[4] == ["first", "second"]
     assert parts[5] == "second"
     assert shown(store, "/", "?run=first")[1][5] == "first"
-
-
-def test_the_load_map_takes_its_figure_from_the_analysis(run: Any) -> None:
-    (graph, _), heading = load_map(run)
-    z = graph.figure.data[0].z
-    assert len(z) == 2
-    assert len(z[0]) == 4
-    assert "busiest expert" in str(heading)
 
 
 def test_the_table_of_experts_counts_what_the_loads_count(run: Any) -> None:

@@ -9,14 +9,22 @@ import pytest
 
 from moescope.core.errors import InputError
 from moescope.dashboard import token_view
+from moescope.dashboard.kept import forget_all
 from moescope.dashboard.paint import choose_pins, decisions
 from moescope.dashboard.palette import luminance, palette
 from moescope.dashboard.records import find_router, routers
 from moescope.dashboard.token_card import token_card
 from moescope.dashboard.token_colours import painted
+from moescope.dashboard.token_path import token_path
 from moescope.dashboard.token_view import find_part, text_of
 from moescope.dashboard.url_state import Layer, ViewState
 from moescope.store.store import Store
+
+
+@pytest.fixture(autouse=True)
+def nothing_kept() -> None:
+    """Tests change rows of complete runs, which nothing else does."""
+    forget_all()
 
 
 def unpack(packed: dict[str, Any]) -> np.ndarray[Any, Any]:
@@ -87,14 +95,17 @@ def test_pins_carry_the_top_expert_of_each_token(run: Any, layer: int) -> None:
 
 def test_hits_are_the_tokens_that_chose_the_expert_by_slot(run: Any) -> None:
     colours, _, heading, _ = painted(run, ViewState(layer=Layer(1), expert=2))
+
     truth = run.store.fetch("SELECT coalesce(list_position(experts, 2), 0) FROM routing WHERE layer = 1 ORDER BY token")
     assert unpack(colours["hits"]).tolist() == [slot for (slot,) in truth]
-    assert f"{sum(slot > 0 for (slot,) in truth)} of 21 tokens" in words(heading)
+    assert f"{sum(slot > 0 for (slot,) in truth)} decisions of 21 tokens" in words(heading)
+    assert "wherelayer = 1×andexpert = 2×" in words(heading)
 
 
 def test_hits_on_several_pages_are_counted_over_all_of_them(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     _, _, whole, _ = painted(run, ViewState(layer=Layer(0), expert=1, piece=0))
     monkeypatch.setattr(token_view, "PAGE_TOKENS", 9)
+    forget_all()
     _, _, paged, pages = painted(run, ViewState(layer=Layer(0), expert=1, piece=0))
     assert pages > 1
     assert words(whole).split(" of ")[0] == words(paged).split(" of ")[0]
@@ -133,7 +144,7 @@ def test_pins_are_those_with_the_highest_lift_or_those_picked(store_of: Callable
     run = store_of(Plan(texts=texts)).run("planted")
     state = ViewState(label="japanese")
     part, router = find_part(run, state), find_router(run, state, routers(run))
-    top = decisions(run, part, router, None).top
+    top = decisions(run, part, router).top
     pins = choose_pins(run, part, router, top, ())
     share = dict(run.store.fetch("SELECT experts[1], count(*) FROM routing WHERE layer = 0 GROUP BY 1"))
     total = sum(share.values())
@@ -145,24 +156,39 @@ def test_pins_are_those_with_the_highest_lift_or_those_picked(store_of: Callable
 
 
 def test_the_path_of_a_token_is_what_was_recorded(run: Any) -> None:
-    text = words(token_card(run, ViewState(run="planted", token=12)))
+    path = {row["name"]: row for row in token_path(run, 12, ViewState(run="planted", layer=Layer(1)))}
     for layer, experts, weights, margin in run.store.fetch(
         "SELECT layer, experts, weights, margin FROM routing WHERE token = 12"
     ):
-        chips = "".join(f"E{e} {w:.3f}" for e, w in zip(experts, weights, strict=True))
-        assert f"L{layer}{chips}{margin:.3f}" in text
+        row = path[f"L{layer}"]
+        assert [(e["name"], e["weight"]) for e in row["experts"]] == [
+            (f"E{e}", f"{w:.3f}") for e, w in zip(experts, weights, strict=True)
+        ]
+        assert row["margin"] == f"{margin:.3f}"
+        assert row["largest"] == ["channel 1: 1.00", "channel 2: 0.50", "channel 3: −0.20"]
+        assert row["here"] is (layer == 1)
     nll = run.store.fetch("SELECT nll FROM tokens WHERE token = 12")[0][0]
-    assert f"{nll:.3f} nats" in text
+    assert f"{nll:.3f} nats" in words(token_card(run, ViewState(run="planted", token=12)))
+
+
+def test_norms_of_slots_and_massive_activations_stand_in_the_path(run: Any) -> None:
+    run.store.connection.execute(
+        "INSERT INTO expert_outputs SELECT run_id, token, layer, block, [2.5, 0.75] FROM routing WHERE layer = 1"
+    )
+    run.store.connection.execute("INSERT INTO massive_activations VALUES (?, 1, 3, 77, -400.0, 1000.0)", [run.run_id])
+    first, second = token_path(run, 3, ViewState(run="planted"))
+    assert [e["norm"] for e in first["experts"]] == ["", ""]
+    assert [e["norm"] for e in second["experts"]] == ["2.50", "0.75"]
+    assert (first["massive"], second["massive"]) == ([], ["channel 77: −400.0, 1,000 × the median"])
 
 
 def test_what_a_run_lacks_is_called_not_recorded(store_of: Callable[..., Store], Plan: Any) -> None:
     store = store_of(Plan(residual=False))
     store.connection.execute("DELETE FROM routing WHERE layer = 1")
     store.connection.execute("UPDATE routing SET margin = NULL")
-    text = words(token_card(store.run("planted"), ViewState(run="planted", token=3)))
-    assert text.count("not recorded") == 2 + 1 + 3, (
-        "two norms, one margin, and expert, margin and entropy of the layer without rows"
-    )
+    first, second = token_path(store.run("planted"), 3, ViewState(run="planted"))
+    assert (first["margin"], first["residual"]) == ("not recorded", "not recorded")
+    assert [second[name] for name in ("experts", "margin", "entropy", "residual")] == ["not recorded"] * 4
 
 
 def test_a_token_that_is_not_there_is_refused(run: Any) -> None:

@@ -133,14 +133,25 @@ def serve_store(
         with Store(path) as store:
             fill(store)
         up, seen = threading.Event(), {}
+        failures: list[BaseException] = []
 
         def ready(url: str, server: Any) -> None:
             seen.update(url=url, server=server)
             up.set()
 
-        thread = threading.Thread(target=serve, args=(path,), kwargs={"port": 0, "ready": ready}, daemon=True)
+        def run() -> None:
+            try:
+                serve(path, port=0, ready=ready)
+            except BaseException as failure:
+                failures.append(failure)
+                up.set()
+                raise
+
+        thread = threading.Thread(target=run, daemon=True)
         thread.start()
-        assert up.wait(30)
+        assert up.wait(60)
+        if failures:
+            raise failures[0]
         running.append((seen["server"], thread))
         return seen["url"].rstrip("/"), path
 

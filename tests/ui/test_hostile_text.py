@@ -1,9 +1,12 @@
 from __future__ import annotations
 
+import time
 from typing import Any
+from urllib.parse import quote
 
 import pytest
 
+from moescope.core.pages import pages
 from moescope.store.store import Store
 
 pytestmark = pytest.mark.ui
@@ -26,7 +29,7 @@ TOKENS = [
 ]
 READY = {
     "/": "document.querySelector('#coverage-grid .ag-row')",
-    "/experts": "document.querySelector('#load-map .heatmaplayer image') && document.querySelector('#expert-grid .ag-row')"
+    "/experts": "document.querySelector('#atlas .heatmaplayer image') && document.querySelector('#expert-grid .ag-row')"
     " && document.querySelector('.passage')",
     "/tokens": "document.querySelector('#tokview[data-ready=painted] .tok') && document.querySelector('.path')",
 }
@@ -82,8 +85,37 @@ def test_hostile_tokens_stay_in_their_place(browser: Any, hostile: str) -> None:
 
 
 def test_the_label_of_a_filter_is_text_in_every_place(browser: Any, hostile: str) -> None:
-    from urllib.parse import quote
-
     browser.open(f"{hostile}/tokens?label={quote(LABEL)}", READY["/tokens"].split(" && ")[0])
     assert browser.js("document.querySelector('.clause .foreign').textContent") == f"label = {LABEL}"
     assert browser.js("typeof window.ran") == "undefined"
+
+
+# Addresses that put hostile text where a page reads it, beside what each page shows by itself.
+EVERY = sorted(page.path for page in pages)
+ASKED = ("", f"&label={quote(LABEL)}&sae={quote(NAME)}&q={quote(NAME)}&edits={quote(LABEL)}&tab={quote(NAME)}")
+
+
+@pytest.mark.parametrize("asked", ASKED, ids=["as it opens", "hostile address"])
+@pytest.mark.parametrize("path", EVERY)
+def test_no_page_runs_what_it_shows(browser: Any, hostile: str, path: str, asked: str) -> None:
+    browser.open(f"{hostile}{path}?run={quote(NAME)}{asked}", "document.querySelector('.page-title')")
+    settled(browser)
+    assert browser.js("document.querySelector('#run-picker').value") == NAME
+    assert browser.js("typeof window.ran") == "undefined"
+    assert browser.js("document.querySelectorAll('img[src=x], [onerror]').length") == 0
+    assert browser.js("document.querySelectorAll('script:not([src]):not([id])').length") <= 1
+    assert browser.complaints() == []
+    assert browser.js("document.documentElement.scrollWidth <= document.documentElement.clientWidth")
+
+
+def settled(browser: Any, seconds: float = 12) -> None:
+    """Wait until the page has stopped changing."""
+    end, before = time.monotonic() + seconds, None
+    while time.monotonic() < end:
+        now = browser.js("document.querySelector('#page').innerHTML.length + '/' + document.title")
+        if now == before and browser.js(
+            "document.title !== 'Updating...' && !document.querySelector('.mantine-Skeleton-root')"
+        ):
+            return
+        before = now
+        time.sleep(0.4)

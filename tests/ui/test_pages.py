@@ -12,7 +12,7 @@ TIMINGS = logging.getLogger("timings")
 
 READY = {
     "/": "document.querySelectorAll('#coverage-grid .ag-row, .empty').length > 0",
-    "/experts": "document.querySelector('#load-map .heatmaplayer image') && document.querySelector('#expert-grid .ag-row')"
+    "/experts": "document.querySelector('#atlas .heatmaplayer image') && document.querySelector('#expert-grid .ag-row')"
     " || document.querySelector('.empty')",
     "/tokens": "document.querySelector('#tokview[data-ready=painted] .tok') || document.querySelector('.empty')",
 }

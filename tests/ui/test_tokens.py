@@ -14,8 +14,8 @@ CLASSES = "return [...document.querySelectorAll('.tok')].map((t) => t.dataset.i 
 
 
 def rows(path: Path, query: str, *parameters: Any) -> list[tuple[Any, ...]]:
-    """Rows of the store that is being served: this process has it open for reading too."""
-    with Store(path, read_only=True) as store:
+    """Rows of the store that is being served: this process has it open already."""
+    with Store(path) as store:
         return store.fetch(query, list(parameters))
 
 
@@ -87,7 +87,8 @@ def test_a_control_writes_the_address_and_back_undoes_it(browser: Any, moe: tupl
     browser.wait("location.search === '?run=planted' && document.querySelector('.chip')")
     browser.wait("document.querySelector('.tok').style.background === ''")
     assert browser.js(CLASSES) == before
-    assert browser.js("document.querySelector('.mantine-SegmentedControl-root input:checked').value") == "pins"
+    chosen = "return [...document.querySelectorAll('.mantine-SegmentedControl-root input:checked')].map((i) => i.value)"
+    assert browser.js(chosen) == ["text", "pins"]
 
 
 def test_the_search_box_finds_text_across_tokens_that_is_not_drawn(browser: Any, moe: tuple[str, Path]) -> None:
@@ -149,3 +150,118 @@ def test_a_hundred_thousand_tokens_draw_only_what_is_in_sight(
     assert nodes < 4000
     browser.js("document.querySelector('#tokview').scrollTop = 1e9")
     browser.wait("document.querySelector(\".tok[data-i='98999']\")")
+
+
+def test_the_line_below_names_all_experts_of_the_token_under_the_pointer(browser: Any, moe: tuple[str, Path]) -> None:
+    browser.open(moe[0] + "/tokens?run=planted&layer=1", PAINTED)
+    over = "document.querySelector(\".tok[data-i='12']\").dispatchEvent(new MouseEvent('mouseover', {bubbles: true}))"
+    browser.wait(f"{over}; return document.querySelector('.toktip').textContent.includes('L1: ')")
+    experts, weights = rows(
+        moe[1],
+        "SELECT experts, weights FROM routing JOIN runs USING (run_id) WHERE name = 'planted' AND token = 12 AND layer = 1",
+    )[0]
+    said = browser.js("document.querySelector('.toktip').textContent")
+    assert "token 12 · 5 of 7 in sequence 1" in said
+    assert "L1: " + ", ".join(f"E{e} {w:.3f}" for e, w in zip(experts, weights, strict=True)) in said
+
+
+def test_changed_tokens_are_marked_and_the_switch_leaves_the_others_plain(browser: Any, moe: tuple[str, Path]) -> None:
+    query = """
+        SELECT list_sort(a.experts) != list_sort(b.experts), list_contains(a.experts, 1), list_contains(b.experts, 1)
+        FROM routing a
+        JOIN runs ar ON ar.run_id = a.run_id AND ar.name = 'second'
+        JOIN routing b ON b.token = a.token AND b.layer = a.layer
+        JOIN runs br ON br.run_id = b.run_id AND br.name = 'planted'
+        WHERE a.layer = 1
+        ORDER BY a.token
+    """
+    truth = rows(moe[1], query)
+    marked = """
+        const kinds = {};
+        for (const t of document.querySelectorAll('.tok')) kinds[t.dataset.i] = /change-(\\w+)/.exec(t.className)?.[1] ?? 'rest';
+        return Object.values(kinds);
+    """
+    browser.open(moe[0] + "/tokens?run=second&mode=changed&other=planted&layer=1", PAINTED)
+    assert browser.js(marked) == ["changed" if differs else "rest" for differs, _, _ in truth]
+    browser.open(moe[0] + "/tokens?run=second&mode=changed&other=planted&layer=1&expert=1&change=lost", PAINTED)
+    assert browser.js(marked) == ["lost" if before and not now else "rest" for _, now, before in truth]
+    lost = sum(before and not now for _, now, before in truth)
+    browser.wait(f"document.querySelector('.chip.chosen').textContent === 'lost {lost}'")
+
+
+def test_the_table_sorts_all_tokens_on_the_server(browser: Any, moe: tuple[str, Path]) -> None:
+    browser.open(moe[0] + "/tokens?run=planted&view=table&layer=1", "document.querySelector('.ag-row .cell-link')")
+    first = "document.querySelector(\".ag-center-cols-container [row-index='0'] [col-id='token']\").textContent"
+    assert browser.js(first) == "0"
+    header = "document.querySelector(\".ag-header-cell[col-id='entropy'] .ag-header-cell-label\").click()"
+    browser.js(header)
+    browser.js(header)
+    most = rows(
+        moe[1],
+        """
+        SELECT token
+        FROM routing JOIN runs USING (run_id)
+        WHERE name = 'planted' AND layer = 1
+        ORDER BY entropy DESC, token
+        LIMIT 1
+        """,
+    )[0][0]
+    browser.wait(f"{first} === '{most}'")
+    browser.js("document.querySelector(\".ag-center-cols-container [row-index='0'] .cell-link\").click()")
+    browser.wait(f"new URLSearchParams(location.search).get('token') === '{most}' && {PAINTED}")
+
+
+def test_a_selection_by_keyboard_is_copied_as_text(browser: Any, moe: tuple[str, Path]) -> None:
+    from selenium.webdriver.common.keys import Keys
+
+    browser.open(moe[0] + "/tokens?run=planted&sequence=0", PAINTED)
+    browser.js("document.querySelector('#tokview').focus({preventScroll: true})")
+    browser.type("#tokview", Keys.ARROW_RIGHT + Keys.SHIFT + Keys.ARROW_RIGHT * 4 + Keys.SHIFT)
+    copied = browser.js(
+        """
+        const data = new DataTransfer();
+        const event = new ClipboardEvent('copy', { clipboardData: data, bubbles: true, cancelable: true });
+        document.querySelector('#tokview').dispatchEvent(event);
+        return data.getData('text/plain');
+        """
+    )
+    assert copied == "The cat sat.\nIt"
+
+
+def test_texts_without_a_label_can_be_had_alone(browser: Any, moe: tuple[str, Path]) -> None:
+    from urllib.parse import quote
+
+    browser.open(moe[0] + "/tokens?run=second&label=" + quote("\N{SYMBOL FOR NULL}"), PAINTED)
+    assert browser.js("document.querySelector('.clause .foreign').textContent") == "no label"
+    shown = browser.js("return [...document.querySelectorAll('.tok')].map((t) => t.textContent).join('')")
+    assert shown.replace("↵", "").replace("\n", "") == "<bos>def f():    pass"
+
+
+def test_sequences_are_turned_one_by_one(browser: Any, moe: tuple[str, Path]) -> None:
+    browser.open(moe[0] + "/tokens?run=planted&sequence=3&label=english", PAINTED)
+    browser.js("document.querySelector('#sequence-next').click()")
+    browser.wait("new URLSearchParams(location.search).get('sequence') === '6'")
+    browser.open(moe[0] + "/tokens?run=planted", PAINTED)
+    for _ in range(40):
+        browser.js("document.querySelector('#sequence-next').click()")
+    browser.wait("[...document.querySelectorAll('.sequence a')].some((a) => a.textContent === 'Sequence 40')")
+
+
+def test_a_trace_without_texts_shows_positions(browser: Any, serve_store: Any) -> None:
+    import pyarrow as pa
+
+    trace = pa.table(
+        {"sequence_id": [0, 0, 1], "position": [0, 1, 0], "layer": [3, 3, 3], "experts": [[5, 1], [2, 0], [1, 5]]}
+    )
+    url, _ = serve_store(lambda store: store.import_trace(trace, name="trace", n_experts=8))
+    browser.open(url + "/tokens?layer=3&expert=5", PAINTED)
+    assert browser.js("return [...document.querySelectorAll('.tok')].map((t) => t.textContent.trim())") == [
+        "·0",
+        "·1",
+        "·0",
+    ]
+    assert browser.js("document.querySelectorAll('.tok.hit').length") == 2
+    browser.wait("document.querySelector('.sentence').textContent === '2 decisions of 3 tokens'")
+    browser.js("document.querySelector('.tok').click()")
+    browser.wait("document.querySelectorAll('.path tbody tr').length === 1")
+    assert browser.complaints() == []

@@ -96,9 +96,9 @@ def test_every_node_and_arrow_is_what_was_written(with_massive: Any) -> None:
     assert (loss["null"], loss["null_low"], loss["null_high"]) == pytest.approx((0.2, 0.1, 0.3))
     assert (loss["ci_low"], loss["ci_high"]) == pytest.approx((1.4, 1.6))
     result = analyze(run, "phenomena_chain")
-    assert result.title.startswith("Without L1·E3, 2% of the massive activation (|x| up to 30,000 in channel 7,")
+    assert result.title.startswith("Without L1·E3, 2.0% of the massive activation (|x| up to 30,000 in channel 7,")
     shown = " ".join(a.text or "" for a in result.figure().layout.annotations)
-    for text in ("channel 7", "L1·E3", "<b>2%</b> remains (random 100%)", "<b>30%</b> remains", "L2·H1"):
+    for text in ("channel 7", "L1·E3", "<b>2.0%</b> remains<br>random cuts: 100.0%", "<b>30.0%</b> remains", "L2·H1"):
         assert text in shown
 
 

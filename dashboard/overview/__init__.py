@@ -1,0 +1,1 @@
+"""Parts of the overview: runs, findings, map, effects, provenance."""

@@ -1,0 +1,57 @@
+"""From what the browser asks to the answer; the last answers are kept, so that a chart does not ask anew."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections import OrderedDict
+from collections.abc import Mapping
+from typing import IO, Any
+
+from moescope.dashboard.sql.box import SqlBox
+from moescope.dashboard.sql.files import FileKind, written
+from moescope.dashboard.sql.given import values_for
+from moescope.dashboard.sql.one_select import OneSelect, one_select
+from moescope.dashboard.sql.outcome import Outcome
+from moescope.store.store import Store
+
+_KEPT = 4
+
+
+class Asking:
+    """Answers `{"sql": …, "given": {parameter: text}, "who": tab, "again": count}`.
+
+    Args:
+        store: for the run that `$run` means.
+        box: runs the queries.
+    """
+
+    def __init__(self, store: Store, box: SqlBox) -> None:
+        self._store, self._box = store, box
+        self._kept: OrderedDict[str, Outcome] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def ask(self, ask: Mapping[str, Any], run: str | None) -> Outcome:
+        """The answer; raises `InputError` where there is none."""
+        key = json.dumps([ask, run], sort_keys=True)
+        with self._lock:
+            if key in self._kept:
+                return self._kept[key]
+        query, values = self._read(ask, run)
+        outcome = self._box.run(query, values, who=str(ask["who"]))
+        with self._lock:
+            self._kept[key] = outcome
+            if len(self._kept) > _KEPT:
+                self._kept.popitem(last=False)
+        return outcome
+
+    def file(self, ask: Mapping[str, Any], run: str | None, kind: FileKind) -> IO[bytes]:
+        """The whole result as a file; raises `InputError` where there is none."""
+        query, values = self._read(ask, run)
+        return written(self._box, query, values, kind, who=f"{ask['who']} file")
+
+    def _read(self, ask: Mapping[str, Any], run: str | None) -> tuple[OneSelect, dict[str, Any]]:
+        query = one_select(str(ask["sql"]))
+        run_id = self._store.run(run).run_id if run and "run" in query.parameters else None
+        given = {str(name): str(text) for name, text in dict(ask.get("given") or {}).items()}
+        return query, values_for(query.parameters, given, run_id=run_id)
