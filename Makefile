@@ -74,9 +74,20 @@ $(VENV)/.ready-test: $(VENV)/.ready
 	$(PIP) install --quiet --no-deps axe-playwright-python==0.1.8
 	touch $@
 
-# Pictures of every page for docs/, from the store of `make demo`.
+# Pictures of every page for docs/, from a store with every kind of record of the bundled model.
+PICTURES := demo/pictures.duckdb
 screenshots: $(VENV)/.ready-test browser
-	$(BIN)/python docs/screenshots.py demo/runs.duckdb
+	rm -rf demo/pictures.*
+	$(BIN)/python -m moescope.probes.demo.texts --out demo/texts.jsonl --characters 2000000
+	$(BIN)/moescope sae study demo --site blocks.3.hook_mlp_out --data demo/texts.jsonl --batch-size 2 \
+		--spec topk:d=1024,k=16 --store $(PICTURES)
+	$(BIN)/moescope phenomena demo --store $(PICTURES)
+	$(BIN)/moescope profile demo --store $(PICTURES) --name demo \
+		--probe tokens,routing,experts,residual,router_logits,expert_outputs
+	$(BIN)/moescope intervene effect demo --store $(PICTURES) --base demo --keep-run cut \
+		--edit "ablate layer=3 experts=5,9 how=route_around" --controls 5
+	$(BIN)/python docs/screenshots.py $(PICTURES) --run demo
+
 
 clean:
 	rm -rf $(VENV) .build build *.egg-info .pytest_cache .mypy_cache .ruff_cache

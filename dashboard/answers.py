@@ -13,6 +13,7 @@ from moescope.core.result import Result
 from moescope.store.store import Store
 
 KEPT = 128
+_NAMES_A_RUN = ("other",)
 
 
 class Answers:
@@ -38,13 +39,16 @@ class Answers:
     def ask(self, ask: Mapping[str, Any]) -> Result:
         """The answer to `{"analysis": name, "runs": [names], "given": {parameter: value}}`.
 
-        Incomplete runs are answered too; the result says so.
+        Incomplete runs are answered too; the result says so. Of a run that is still being written no answer is kept.
 
         Raises:
             MoescopeError: as `moescope.analyze` does.
         """
         runs = [self.store.run(name) for name in ask["runs"]]
-        asked = [ask["analysis"], [(run.run_id, run.status) for run in runs], ask["given"]]
+        # A run that a parameter names may be deleted and another get its name: it counts by its id too.
+        read = [*runs, *(self.store.run(str(ask["given"][name])) for name in _NAMES_A_RUN if ask["given"].get(name))]
+        asked = [ask["analysis"], [(run.run_id, run.status) for run in read], ask["given"]]
+        growing = any(run.status == "running" for run in read)
         key = json.dumps(asked, sort_keys=True, default=str)
         with self._lock:
             if key in self._kept:
@@ -58,7 +62,7 @@ class Answers:
             result = analyze(runs, ask["analysis"], allow_incomplete=True, **ask["given"])
         with self._lock:
             self._locks.pop(key, None)
-            if revision == self.revision:
+            if revision == self.revision and not growing:
                 self._kept[key] = result
                 if len(self._kept) > KEPT:
                     self._kept.popitem(last=False)

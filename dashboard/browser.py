@@ -15,6 +15,11 @@ def in_browser(app: dash.Dash, name: str, *arguments: Any, space: str = "moescop
     app.clientside_callback(dash.ClientsideFunction(space, name), *arguments)  # type: ignore[no-untyped-call]  # of dash
 
 
+def attributes(**given: str | None) -> dict[str, Any]:
+    """Attributes of an element whose names carry dashes: `attributes(data_view="table")` gives `data-view`."""
+    return {name.replace("_", "-"): value for name, value in given.items() if value is not None}
+
+
 def named(text: str) -> dict[str, Any]:
     """The name of a control for those who do not see it."""
     return {"aria-label": text}

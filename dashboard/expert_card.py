@@ -11,7 +11,7 @@ from dash import MATCH, Input, Output, State, dcc, html
 from moescope.core.errors import MoescopeError
 from moescope.dashboard import cards, expert_counts, expert_findings, expert_records, numbers
 from moescope.dashboard.answers import Answers
-from moescope.dashboard.browser import in_browser
+from moescope.dashboard.browser import attributes, in_browser
 from moescope.dashboard.expert_findings import READS_ALL, SECTIONS
 from moescope.dashboard.expert_parts import quiet, reason
 from moescope.dashboard.records import Router, find_router, layer_of, routers
@@ -105,7 +105,7 @@ def _later(run: Run, router: Router, here: ViewState, name: str, *, large: bool,
         html.Div(
             [
                 dcc.Store(id=card_part(place, "ask"), data=ask),
-                html.Div(first, id=card_part(place, "body"), **{"aria-live": "polite"}),
+                html.Div(first, id=card_part(place, "body"), **attributes(aria_live="polite")),
                 dmc.Button(
                     words or "Compute",
                     id=card_part(place, "go"),

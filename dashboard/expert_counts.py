@@ -124,10 +124,12 @@ def top_pieces(run: Run, router: Router, here: ViewState) -> Any:
         return quiet("No recorded decision names it.")
     mine, every = expert_records.share_in_sample(run, router, expert)
     reader = PieceReader(pieces(run))
+    # The link leads to all tokens of the run: of these the sample tells the least number there can be.
+    least = "≥ " if expert_records.tokens_of(run) > expert_records.SAMPLE else ""
     body = [
         [
             html.Span(reader.alone(token_id), className="piece foreign"),
-            tokens_link(numbers.count(n), here.but(piece=token_id)),
+            tokens_link(least + numbers.count(n), here.but(piece=token_id)),
             f"{numbers.share(n, total)} of {numbers.count(total)}",
             numbers.ratio(n / total / (mine / every)) if mine else numbers.MISSING,
         ]

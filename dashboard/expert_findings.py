@@ -26,6 +26,7 @@ from moescope.dashboard.expert_parts import (
 from moescope.dashboard.records import Router, expert_name
 from moescope.dashboard.url_state import ViewState, link
 from moescope.routing.effects.metric_names import metric_name
+from moescope.routing.features.feature_tables import chosen_sae
 from moescope.store.run import Run
 
 _SHOWN = 6
@@ -83,8 +84,9 @@ def partners(answers: Answers, run: Run, router: Router, known: list[Router], he
         [
             expert_link(router, known, row.other, here),
             with_interval(row.value, row.ci_low, row.ci_high, percent=True),
-            tokens_link(
-                f"{numbers.count(row.together)}/{numbers.count(row.n)}", here.but(pins=(here.expert, row.other))
+            counted(
+                f"{numbers.count(row.together)}/{numbers.count(row.n)}",
+                tokens_link("both in the text", here.but(pins=(here.expert, row.other))),
             ),
             numbers.ratio(row.over_chance),
         ]
@@ -225,12 +227,15 @@ def _not_measured(run: Run, router: Router, here: ViewState) -> Any:
 
 def latents(answers: Answers, run: Run, router: Router, _known: list[Router], here: ViewState) -> Any:
     """Latents it writes, and latents that move its router logit."""
-    given = {"expert": here.expert, "layer": router.layer}
+    given: dict[str, Any] = {"expert": here.expert, "layer": router.layer}
     try:
+        if expert_records.has(run, "feature_experts"):  # else the analysis says what is missing
+            given["sae"] = chosen_sae(run, None, table="feature_experts").name
         frame = answers.ask({"analysis": "feature_writers", "runs": [run.name], "given": given}).df()
     except MoescopeError as refused:
         return reason(refused)
     frame = frame[frame["block"] == router.block]
+    there = here.but(sae=given.get("sae"))
     parts: list[Any] = []
     for side, metric, heading in (
         ("writes", "writes in excess", "It writes"),
@@ -241,7 +246,7 @@ def latents(answers: Answers, run: Run, router: Router, _known: list[Router], he
             continue
         body = [
             [
-                dmc.Anchor(f"F{row.feature}", href=link("/features", here.but(feature=int(row.feature))), size="sm"),
+                dmc.Anchor(f"F{row.feature}", href=link("/features", there.but(feature=int(row.feature))), size="sm"),
                 with_interval(row.value, row.ci_low, row.ci_high),
                 figure(row.null),
                 numbers.count(row.n),

@@ -199,7 +199,10 @@ def _takes_out(intervention: str, router: Router, expert: int) -> bool:
     except InputError:
         return False
     return any(
-        isinstance(edit, Ablate) and router.layer in edit.layers and edit.block == router.block and expert in edit.ids
+        isinstance(edit, Ablate)
+        and (edit.layers is None or router.layer in edit.layers)
+        and edit.block == router.block
+        and expert in edit.ids
         for edit in edits
     )
 

@@ -9,7 +9,7 @@ if TYPE_CHECKING:
 
 _CLEAR = "rgba(0,0,0,0)"
 
-GRAPH: dict[str, Any] = {
+GRAPH: Any = {
     "displaylogo": False,
     "displayModeBar": "hover",
     # The server that Plotly would send figures to is never asked: what is shown stays on this machine.

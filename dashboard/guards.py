@@ -12,11 +12,14 @@ from moescope.dashboard.access import Access
 
 _READING = frozenset({"GET", "HEAD", "OPTIONS"})
 _ACCESS = "moescope-access"
+_HTTP = 80
 
 
 def allowed_hosts(port: int) -> frozenset[str]:
     """The values of the Host header that name this app; any other comes from a page that re-pointed its own name here."""
-    return frozenset({f"127.0.0.1:{port}", f"localhost:{port}"})
+    names = ("127.0.0.1", "localhost")
+    bare = names if port == _HTTP else ()  # browsers leave out the port that http has by itself
+    return frozenset({*(f"{name}:{port}" for name in names), *bare})
 
 
 def open_to(server: Flask, access: Access) -> None:

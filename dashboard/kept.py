@@ -36,6 +36,7 @@ class Kept(Generic[T]):
         self._values: OrderedDict[Hashable, T] = OrderedDict()
         self._making: dict[Hashable, threading.Lock] = {}
         self._lock = threading.Lock()
+        self._revision = 0
         _ALL.add(self)
 
     def of(self, run: Run, key: Hashable, make: Callable[[], T]) -> T:
@@ -50,17 +51,20 @@ class Kept(Generic[T]):
                 if place in self._values:
                     self._values.move_to_end(place)
                     return self._values[place]
+                revision = self._revision
             value = make()
             with self._lock:
-                self._values[place] = value
-                while len(self._values) > self._most:
-                    self._values.popitem(last=False)
+                if revision == self._revision:  # nothing has changed while it was made
+                    self._values[place] = value
+                    while len(self._values) > self._most:
+                        self._values.popitem(last=False)
                 self._making.pop(place, None)
         return value
 
     def forget(self) -> None:
         """Forget all of them."""
         with self._lock:
+            self._revision += 1
             self._values.clear()
 
 

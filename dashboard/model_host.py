@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from moescope.core.errors import InputError, MoescopeError, RunError
+from moescope.dashboard.failures import without_frames
+from moescope.dashboard.sql.memory_bound import lifted
 
 if TYPE_CHECKING:
     from moescope.probes.live_model import LiveModel
@@ -81,6 +83,8 @@ class _Ticket:
         if not self.over.is_set():
             if self.gives_way and isinstance(failure, Stopped):
                 failure = Replaced("a newer request took the place of this one")
+            if failure is not None:
+                without_frames(failure)
             self.answer, self.failure = answer, failure
             self.over.set()
 
@@ -205,8 +209,14 @@ class ModelHost:
                 running.stop.set()
 
     def keep_open(self, close: Callable[[], None]) -> None:
-        """From within a request: something stays on the model; `close` takes it off before one is asked that does not keep it."""
-        self._open = close
+        """From within a request: something stays on the model; `close` takes it off before one is asked that does not keep it.
+
+        In a request that was left behind it is taken off at once.
+        """
+        if self._here():
+            self._open = close
+        else:
+            close()
 
     def status(self) -> Status:
         """How things stand."""
@@ -236,7 +246,7 @@ class ModelHost:
                 break
         else:
             self._line.append(ticket)
-        if self._thread is None:
+        if self._thread is None or not self._thread.is_alive():
             self._thread = threading.Thread(target=self._work, name="moescope-model", daemon=True)
             self._thread.start()
         self._turn.notify_all()
@@ -286,7 +296,8 @@ class ModelHost:
             if drop:
                 self._drop()
             if ticket is not None:
-                self._serve(ticket)
+                with lifted():
+                    self._serve(ticket)
             with self._turn:
                 if not self._here():
                     return
@@ -296,8 +307,10 @@ class ModelHost:
         return self._unload and self._model is not None
 
     def _drop(self) -> None:
-        self.let_go()
+        self._let_go_or_log()
         with self._turn:
+            if not self._here():
+                return
             self._model = self._model_source = self._about = None
             self._unload = False
         gc.collect()
@@ -309,15 +322,19 @@ class ModelHost:
             if self._model is not None and self._model_source != ticket.source:
                 self._drop()
             model = self._ready(ticket.source)
-            if not ticket.keeps:
-                self.let_go()
+            if not ticket.keeps and not self._let_go_or_log():
+                del model  # two of them may not fit
+                gc.collect()
+                model = self._ready(ticket.source)
             with _stoppable(model, ticket.stop):
                 answer = ticket.request(model)
             ticket.end(answer)
         except BaseException as failure:  # noqa: BLE001  whatever it was, its asker must hear it, and the next have their turn
-            if self._here() and not isinstance(failure, MoescopeError):
-                self.let_go()
-            ticket.end(failure=_told(failure))
+            try:
+                if not isinstance(failure, MoescopeError):
+                    self._let_go_or_log()
+            finally:
+                ticket.end(failure=_told(failure))
 
     def _ready(self, source: str) -> LiveModel:
         """The model, loaded where it is not."""
@@ -351,10 +368,29 @@ class ModelHost:
             ticket.end(failure=problem)
 
     def let_go(self) -> None:
-        """From within a request: take off the model what was left on it."""
-        if self._open is not None:
-            close, self._open = self._open, None
+        """From within a request: take off the model what was left on it; a model from which it does not come off is dropped.
+
+        In a request that was left behind nothing happens: what is left on the model is another's.
+        """
+        if not self._here() or self._open is None:
+            return
+        close, self._open = self._open, None
+        try:
             close()
+        except BaseException:
+            with self._turn:
+                if self._here():
+                    self._model = self._model_source = self._about = None
+            raise
+
+    def _let_go_or_log(self) -> bool:
+        """Whether the model is as it was loaded; where it is not, it has been dropped."""
+        try:
+            self.let_go()
+        except BaseException:  # noqa: BLE001  whatever it was, the next request has its turn
+            _LOG.exception("the edits did not come off the model, which is loaded anew")
+            return False
+        return True
 
 
 def no_model() -> InputError:

@@ -7,7 +7,7 @@ from typing import Any
 import dash_mantine_components as dmc
 from dash import html
 
-from moescope.core.errors import MoescopeError
+from moescope.core.errors import MoescopeError, NotRecordedError
 from moescope.dashboard.browser import HIDDEN
 
 RECORD_COMMAND = "moescope profile demo --store {path}"
@@ -42,7 +42,8 @@ def read_only(why: str) -> Any:
 
 
 def refusal(error: MoescopeError) -> Any:
-    """What could not be shown, what was found instead and what to do."""
+    """What could not be shown, what was found instead and what to do; grey where it only was not recorded."""
+    missing = isinstance(error, NotRecordedError)
     lines = [
         f"Expected: {error.expected}." if error.expected else None,
         f"Found: {error.found}." if error.found else None,
@@ -51,9 +52,9 @@ def refusal(error: MoescopeError) -> Any:
     return dmc.Alert(
         dmc.Stack([dmc.Text(line, size="sm", className="foreign") for line in lines if line], gap=2),
         title=_sentence(error.problem),
-        color="red",
+        color="gray" if missing else "red",
         variant="light",
-        className="refusal",
+        className="refusal missing" if missing else "refusal",
     )
 
 
@@ -91,11 +92,17 @@ def incomplete(name: str, status: str, ledger: str) -> Any:
     return dmc.Alert(html.Div(words), color="yellow", variant="light", className="amber", id="incomplete-bar")
 
 
-def beside(*notes: str) -> Any:
-    """What a reader must know about the numbers beside it; long ones are cut, and whole where the numbers are explained."""
+def beside(*notes: str, warning: bool = False) -> Any:
+    """What a reader must know about the numbers beside it; long ones are cut, and whole where the numbers are explained.
+
+    Args:
+        notes: sentences.
+        warning: amber, with a mark: the numbers are not what they would be of a whole run.
+    """
     text = " ".join(notes)
     short = text if len(text) <= _NOTE else text[:_NOTE].rsplit(" ", 1)[0] + " … (all under “How to read it”)"
-    return html.P([html.Span("▲ ", **HIDDEN), short], className="note foreign")
+    mark = [html.Span("▲ ", **HIDDEN)] if warning else []
+    return html.P([*mark, short], className="note warning foreign" if warning else "note foreign")
 
 
 _NOTE = 220

@@ -37,17 +37,19 @@ def share(part: float | None, whole: float | None) -> str:
     """A share in percent; more than nothing is never written as 0 %.
 
     Example:
-        >>> share(124, 1000), share(1, 100000), share(0, 10)
-        ('12.4 %', '<0.1 %', '0 %')
+        >>> share(124, 1000), share(1, 100000), share(0, 10), share(-5, 100)
+        ('12.4 %', '<0.1 %', '0 %', '−5.0 %')
     """
     if part is None or whole is None or absent(part) or absent(whole) or whole == 0:
         return MISSING
     percent = 100 * part / whole
     if percent == 0:
         return "0 %"
-    if 0 < percent < 0.1:
-        return "<0.1 %"
-    return ">99.9 %" if 99.95 <= percent < 100 else f"{percent:.1f} %"
+    if abs(percent) < 0.1:
+        return "<0.1 %" if percent > 0 else ">−0.1 %"
+    if 99.95 <= abs(percent) < 100:
+        return ">99.9 %" if percent > 0 else "<−99.9 %"
+    return f"{percent:.1f} %".replace("-", "−")
 
 
 def ratio(value: float | None) -> str:
@@ -63,13 +65,16 @@ def ratio(value: float | None) -> str:
 
 
 def decimal(value: float | None, places: int = 3) -> str:
-    """A number with a fixed number of decimals.
+    """A number with a fixed number of decimals; one that would round to 0 keeps two of its own digits.
 
     Example:
-        >>> decimal(-0.25)
-        '−0.250'
+        >>> decimal(-0.25), decimal(0.0003), decimal(0)
+        ('−0.250', '0.0003', '0.000')
     """
-    return MISSING if value is None or absent(value) else f"{value:,.{places}f}".replace("-", "−")
+    if value is None or absent(value):
+        return MISSING
+    false_zero = value != 0 and round(float(value), places) == 0
+    return (f"{value:.2g}" if false_zero else f"{value + 0.0:,.{places}f}").replace("-", "−")
 
 
 def interval(value: float | None, low: float | None, high: float | None, places: int = 3) -> str:

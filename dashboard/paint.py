@@ -76,8 +76,6 @@ def decisions(run: Run, part: Part, router: Router) -> Decisions:
 
 def slots(run: Run, part: Part, router: Router, expert: int) -> Ints:
     """The 1-based place of an expert among those chosen for each token of a part, 0 where it is not."""
-    if expert < 0:
-        return np.zeros(len(part.token), dtype=np.int64)
     found = between(run, _SLOT, part, layer=router.layer, block=router.block, expert=expert)
     return spread(found["slot"], places(found, part), part, 0).astype(np.int64)
 

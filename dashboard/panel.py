@@ -16,7 +16,7 @@ from moescope.core.errors import MoescopeError
 from moescope.core.result import Result
 from moescope.dashboard import notices, panel_tools
 from moescope.dashboard.answers import Answers
-from moescope.dashboard.browser import in_browser
+from moescope.dashboard.browser import attributes, in_browser
 from moescope.dashboard.figure_look import GRAPH, dressed, for_image
 from moescope.dashboard.panel_tools import part
 from moescope.store.run import Run
@@ -81,7 +81,7 @@ def panel(
             panel_tools.tools(identity),
         ],
         className="panel",
-        **{"data-panel": identity, "data-analysis": analysis, "data-runs": "-".join(run.name for run in runs)},
+        **attributes(data_panel=identity, data_analysis=analysis, data_runs="-".join(run.name for run in runs)),
     )
 
 
@@ -136,7 +136,8 @@ def heading(result: Result) -> Any:
         dmc.Text(result.subtitle(), className="muted foreign"),
     ]
     if result.incomplete:
-        lines.append(notices.beside("The run is incomplete: these numbers rest on part of what it should hold."))
+        partial = "The run is incomplete: these numbers rest on part of what it should hold."
+        lines.append(notices.beside(partial, warning=True))
     if result.notes:
         lines.append(notices.beside(*result.notes))
     return dmc.Stack(lines, gap=2)

@@ -5,6 +5,7 @@ Nothing of it is made or sent before a button is pressed.
 
 from __future__ import annotations
 
+import base64
 import inspect
 import re
 import tempfile
@@ -21,7 +22,7 @@ from moescope.core.errors import MoescopeError
 from moescope.core.result import Result
 from moescope.dashboard import cards, notices
 from moescope.dashboard.answers import Answers
-from moescope.dashboard.browser import in_browser
+from moescope.dashboard.browser import attributes, in_browser, named
 from moescope.dashboard.panel_table import result_table
 from moescope.dashboard.panel_text import python_of, query_with_values
 from moescope.dashboard.url_state import MAX_TEXT
@@ -62,7 +63,7 @@ def tools(identity: str) -> Any:
 
 
 def _button(identity: str, name: str, words: str, *, kind: str = "", pressed: bool | None = None) -> Any:
-    state = {} if pressed is None else {"aria-expanded": "false", "data-view": name}
+    state = {} if pressed is None else attributes(aria_expanded="false", data_view=name)
     return html.Button(
         words, id=part(identity, name), n_clicks=0, type="button", className=f"tool {kind}".strip(), **state
     )
@@ -133,8 +134,7 @@ def file_of(result: Result, ending: str) -> dict[str, Any]:
     name = file_name(result, ending)
     with tempfile.TemporaryDirectory() as folder:
         content = result.save(Path(folder) / f"result.{ending}").read_bytes()
-    sent: dict[str, Any] = dcc.send_bytes(content, name)
-    return sent
+    return {"content": base64.b64encode(content).decode("ascii"), "filename": name, "base64": True}
 
 
 def file_name(result: Result, ending: str) -> str:
@@ -150,9 +150,8 @@ def _query(result: Result) -> Any:
         text = query_with_values(inspect.cleandoc(result.sql), result.sql_parameters)
         address = "/sql?" + urlencode({"run": result.provenance.get("run", ""), "sql": text})
         # A button that the frame follows: Dash's links lose the line breaks of an address.
-        opened = html.Button("Open in SQL →", type="button", className="tool", **{"data-open": address})
-        opened = opened if len(text) <= MAX_TEXT else None
-        parts.append(_text(text, "The query behind the numbers:", opened))
+        opened = html.Button("Open in SQL →", type="button", className="tool", **attributes(data_open=address))
+        parts.append(_text(text, "The query behind the numbers:", opened if len(text) <= MAX_TEXT else None))
     if result.computation:
         parts.append(
             dmc.Text(["Computed outside SQL: ", html.Span(result.computation, className="foreign")], size="sm")
@@ -170,6 +169,6 @@ def _text(text: str, words: str, *more: Any) -> Any:
     return html.Div(
         [
             dmc.Group([dmc.Text(words, className="muted"), copy, *[part for part in more if part]], gap="sm"),
-            html.Pre(text, className="code foreign", tabIndex="0", role="region", **{"aria-label": words}),
+            html.Pre(text, className="code foreign", tabIndex="0", role="region", **named(words)),
         ]
     )

@@ -13,13 +13,27 @@ from moescope.store.store import Store
 
 @dataclass(frozen=True)
 class Router:
-    """One router of a run's model: where it is, and how many experts it has."""
+    """One router of a run's model: where it is, and how many experts it has.
+
+    Attributes:
+        layer, block: where it is.
+        experts: how many it chooses from, null experts among them.
+        top_k: how many it chooses.
+        shared: experts beside them that every token goes through.
+        null: how many of `experts` compute nothing.
+    """
 
     layer: int
     block: str
     experts: int
     top_k: int
     shared: int = 0
+    null: int = 0
+
+    @property
+    def real(self) -> int:
+        """Experts that have weights: to be held, moved, copied or placed."""
+        return self.experts - self.null
 
     @property
     def name(self) -> str:
@@ -37,18 +51,23 @@ def expert_name(expert: int) -> str:
 
 
 def find_run(store: Store, state: ViewState) -> Run | None:
-    """The run the address names, else the newest; None for a store without runs. Raises `InputError` for an unknown name."""
+    """The run the address names, else the newest complete one, else the newest; None for a store without runs.
+
+    Raises:
+        InputError: no run has the name.
+    """
     if state.run is not None:
         return store.run(state.run)
     runs = store.runs()
-    return runs[-1] if runs else None
+    return next((run for run in reversed(runs) if run.complete), runs[-1] if runs else None)
 
 
 def routers(run: Run) -> list[Router]:
     """The run's routers by layer, the MLP's before others of the same layer; empty for a dense model."""
     rows = run.store.fetch(
         """
-        SELECT layer, block, n_experts + coalesce(n_null, 0), coalesce(top_k, 1), coalesce(n_shared, 0)
+        SELECT layer, block, n_experts + coalesce(n_null, 0), coalesce(top_k, 1), coalesce(n_shared, 0),
+            coalesce(n_null, 0)
         FROM layers
         WHERE run_id = ? AND n_experts IS NOT NULL
         ORDER BY layer, block != 'mlp', block

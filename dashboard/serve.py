@@ -111,7 +111,7 @@ def serve(
         app = create_app(store, port=bound, model=model, why_not=why_not)
         if access is not None:
             guards.open_to(app.server, access)
-        requests = app.server.wsgi_app = _Requests(app.server.wsgi_app)  # type: ignore[method-assign]  # the documented way
+        requests = app.server.wsgi_app = _Requests(app.server.wsgi_app)
         server = make_server(
             host, bound, app.server, threaded=True, request_handler=_QuietHandler, fd=listening.fileno()
         )
@@ -178,6 +178,9 @@ def _end_work(services: Services, tell: Callable[[str], None]) -> None:
     end = time.monotonic() + _PATIENCE
     while services.work.busy() and time.monotonic() < end:
         time.sleep(0.05)
+    if services.models.status().state in ("loading", "busy"):
+        tell("stopping the model")
+        services.models.stop()
 
 
 def _close(store: Store) -> None:

@@ -13,7 +13,7 @@ from dash import Input, Output, State, dcc, html
 from moescope.core.errors import InputError, MoescopeError
 from moescope.core.pages import Page, pages
 from moescope.dashboard import notices
-from moescope.dashboard.browser import HIDDEN, in_browser, named
+from moescope.dashboard.browser import HIDDEN, attributes, in_browser, named
 from moescope.dashboard.first_paint import first_paint
 from moescope.dashboard.navigation import navigation
 from moescope.dashboard.palette_entries import fixed_entries, run_entries
@@ -56,7 +56,7 @@ def layout(store: Store) -> Any:
             *stores,
             dcc.Store(id="palette-fixed", data=fixed_entries()),
             html.A("Skip to the content", href="#content", className="skip"),
-            html.Div(id="lost", className="lost", role="alert", **{"data-store": shlex.quote(str(store.path))}),
+            html.Div(id="lost", className="lost", role="alert", **attributes(data_store=shlex.quote(str(store.path)))),
             shell,
         ],
         theme=_THEME,
@@ -194,7 +194,7 @@ def report_failure(error: Exception) -> None:
 
 
 def _read(store: Store, search: str | None) -> tuple[ViewState, Run | None, MoescopeError | None]:
-    """State, run and, where the address asks for what cannot be, the reason; the frame then shows the newest run."""
+    """State, run and, where the address asks for what cannot be, the reason; the frame then shows the run of an empty address."""
     try:
         state = decode(search)
         run = find_run(store, state)

@@ -50,15 +50,21 @@ def squeeze(server: Flask, folder: Path | None = None) -> None:
         return response
 
 
-def _cache_folder() -> Path:
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+def _cache_folder() -> Path | None:
+    """None for a user without a home."""
+    try:
+        base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    except RuntimeError:
+        return None
     return Path(base) / "moescope" / "scripts"
 
 
 class _Kept:
-    """Compressed files by the hash of their content, in memory and in a folder; a folder that cannot be written is done without."""
+    """Compressed files by the hash of their content, in memory and in a folder; a folder that cannot be written is done without,
+    and so is none.
+    """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path | None) -> None:
         self.folder = folder
         self._best: dict[str, bytes] = {}
         self._quick: dict[str, bytes] = {}
@@ -81,6 +87,8 @@ class _Kept:
         return self._quick[key]
 
     def _read(self, key: str) -> bytes | None:
+        if self.folder is None:
+            return None
         try:
             found = (self.folder / f"{key}.br").read_bytes()
             whole = hashlib.sha256(brotli.decompress(found)).hexdigest() == key
@@ -95,6 +103,8 @@ class _Kept:
         while True:
             key, plain = self._queue.get()
             self._best[key] = best = brotli.compress(plain, quality=_BEST)
+            if self.folder is None:
+                continue
             try:
                 self.folder.mkdir(parents=True, exist_ok=True)
                 with written_whole(self.folder / f"{key}.br") as partial:

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from moescope.core.errors import InputError
 from moescope.dashboard.records import Router
 from moescope.dashboard.token_view import Ints, Part, packed
+from moescope.routing.comparison.paired_sequences import pair_parameters
 from moescope.store.run import Run
 
 Change = Literal["all", "changed", "lost", "gained"]
@@ -21,14 +22,17 @@ _CHOSEN = """
     SELECT t.sequence_id, t.position, r.experts
     FROM routing r
     JOIN tokens t ON t.run_id = r.run_id AND t.token = r.token
-    WHERE r.run_id = $run AND r.layer = $layer AND r.block = $block
+    WHERE r.run_id = $run AND r.layer = $layer AND r.block = $block AND coalesce(t.phase, 'prefill') = 'prefill'
         AND r.token BETWEEN $first AND $last AND t.token BETWEEN $first AND $last
 """
 _DIFFERENCE = f"""
     WITH ours AS ({_CHOSEN.replace("$", "$our_")}), theirs AS ({_CHOSEN.replace("$", "$their_")})
     SELECT
         ours.sequence_id, ours.position,
-        len(list_filter(ours.experts, lambda e: NOT list_contains(theirs.experts, e))) AS swapped,
+        greatest(
+            len(list_filter(ours.experts, lambda e: NOT list_contains(theirs.experts, e))),
+            len(list_filter(theirs.experts, lambda e: NOT list_contains(ours.experts, e)))
+        ) AS swapped,
         list_contains(ours.experts, $expert) AS now,
         list_contains(theirs.experts, $expert) AS earlier
     FROM ours
@@ -43,7 +47,12 @@ _OTHER_TEXTS = """
     SELECT count(*)
     FROM sequences a
     JOIN sequences b ON b.run_id = $other AND b.sequence_id = a.sequence_id
-    WHERE a.run_id = $run AND a.content_hash IS DISTINCT FROM b.content_hash AND a.sequence_id BETWEEN $first AND $last
+    WHERE a.run_id = $run AND a.sequence_id BETWEEN $first AND $last
+        AND (
+            a.content_hash IS DISTINCT FROM b.content_hash
+            OR a.n_tokens IS DISTINCT FROM b.n_tokens
+            OR (a.content_hash IS NULL AND NOT $same)
+        )
 """
 _PARTNERS = """
     SELECT b.name
@@ -56,8 +65,8 @@ _PARTNERS = """
 
 @dataclass(frozen=True)
 class Changes:
-    """Per token of a part: how many of its experts the other run did not choose (−1 where one of them has no record), and for
-    the expert in focus whether it was chosen now, and in the other run.
+    """Per token of a part: how many experts differ between the two runs, the larger of those that only one of them chose (−1
+    where one of them has no record), and for the expert in focus whether it was chosen now, and in the other run.
     """
 
     swapped: Ints
@@ -81,11 +90,11 @@ def changes(run: Run, other: Run, part: Part, router: Router, expert: int | None
         if len(part.token)
         else {"first": 0, "last": -1}
     )
-    differing = run.store.fetch(_OTHER_TEXTS, {"run": run.run_id, "other": other.run_id, **edges})[0][0]
+    differing = run.store.fetch(_OTHER_TEXTS, pair_parameters(run, other) | edges)[0][0]
     if differing:
         raise InputError(
             f"{other.name!r} read other texts than {run.name!r}",
-            found=f"{differing:,} sequences of this page with other tokens",
+            found=f"{differing:,} sequences of this page with other tokens, or not known to have the same",
             fix="compare with a run over the same corpus",
         )
     first, last = run.store.fetch(_STRETCH, {"run": other.run_id, **edges})[0]

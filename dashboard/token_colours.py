@@ -10,6 +10,7 @@ import numpy as np
 from moescope.core.errors import InputError
 from moescope.dashboard import notices
 from moescope.dashboard.kept import Kept
+from moescope.dashboard.only import sequences_with
 from moescope.dashboard.paint import (
     choose_pins,
     decisions,
@@ -181,18 +182,27 @@ def _change(state: ViewState) -> Change:
 def _picked(view: _View) -> Ints | None:
     """The tokens that the filter picks out: the slot of the expert in focus, 1 for tokens of a piece; None without a filter."""
     state, part = view.state, view.part
-    if state.expert is None and state.piece is None:
+    expert = _chosen(state)
+    if expert is None and state.piece is None:
         return None
     found: Ints = np.ones(len(part.token), dtype=np.int64)
-    if state.expert is not None and view.router is not None:
-        found = slots(view.run, part, view.router, state.expert)
+    if expert is not None and view.router is not None:
+        found = slots(view.run, part, view.router, expert)
     return found if state.piece is None else np.where(part.token_id == state.piece, found, 0)
 
 
+def _chosen(state: ViewState) -> int | None:
+    """The expert that tokens are picked out by; shared experts see every token, so they pick out none."""
+    return state.expert if state.expert is not None and state.expert >= 0 else None
+
+
 def _hits_on_all_pages(view: _View) -> int:
-    state, router = view.state, view.router if view.state.expert is not None else None
-    if state.label is None and state.sequence is None and state.piece is None and router is not None:
-        return _hits_of_an_expert(view.run, router, state.expert)
+    state, expert = view.state, _chosen(view.state)
+    router = view.router if expert is not None else None
+    kept = sequences_with(view.run, state)
+    everywhere = state.label is None and state.sequence is None and state.piece is None and kept is None
+    if everywhere and router is not None and expert is not None:
+        return _hits_of_an_expert(view.run, router, expert)
     return int(
         view.run.store.fetch(
             """
@@ -203,6 +213,7 @@ def _hits_on_all_pages(view: _View) -> int:
         WHERE t.run_id = $run
             AND ($label IS NULL OR coalesce(s.label, $unlabelled) = $label)
             AND ($sequence IS NULL OR s.sequence_id = $sequence)
+            AND ($kept IS NULL OR list_contains($kept::BIGINT[], s.sequence_id))
             AND ($piece IS NULL OR t.token_id = $piece)
             AND ($expert IS NULL OR list_contains(r.experts, $expert))
         """,
@@ -214,13 +225,14 @@ def _hits_on_all_pages(view: _View) -> int:
                 "unlabelled": NO_LABEL,
                 "sequence": state.sequence,
                 "piece": state.piece,
-                "expert": state.expert,
+                "expert": expert,
+                "kept": kept,
             },
         )[0][0]
     )
 
 
-def _hits_of_an_expert(run: Run, router: Router, expert: int | None) -> int:
+def _hits_of_an_expert(run: Run, router: Router, expert: int) -> int:
     """The load of an expert, from the table that is the source of load."""
     asked = {"run": run.run_id, "layer": router.layer, "block": router.block, "expert": expert}
     query = (

@@ -27,7 +27,7 @@ def heading(state: ViewState, part: Part, router: Router | None, piece: str | No
         piece: the text of the token id in focus.
         hits: tokens that the filter picks out, over all pages; None without such a filter.
     """
-    total = len(part.token) if part.pages == 1 else part.total
+    total = part.total
     if hits is None:
         sentence = f"{_many(total, 'token')} in {_many(len(part.sequences), 'sequence')}"
         if part.pages > 1:
@@ -35,7 +35,7 @@ def heading(state: ViewState, part: Part, router: Router | None, piece: str | No
                 f"{_many(total, 'token')}; page {part.page} of {part.pages} with {_many(len(part.token), 'token')}"
             )
     else:
-        word = "decision" if state.expert is not None else "token"
+        word = "decision" if state.expert is not None and state.expert >= 0 else "token"
         sentence = f"{_many(hits, word)} of {_many(total, 'token')}"
     clauses = _clauses(state, router, piece)
     badges = []

@@ -84,7 +84,7 @@ def token_table(run: Run, state: ViewState) -> Any:
             {**link_column("top", f"top expert, {router.name}"), "width": 118},
             {**number_column("weight", "weight", ",.3f"), "filter": "agNumberColumnFilter", "width": 92},
             {**number_column("margin", "margin", ",.3f"), "filter": "agNumberColumnFilter", "width": 92},
-            {**number_column("entropy", "entropy, nats", ",.3f"), "filter": "agNumberColumnFilter", "width": 112},
+            {**number_column("entropy", "entropy, nats", ",.3f"), "filter": "agNumberColumnFilter", "width": 126},
             {**text_column("others", "all experts · weight"), "sortable": False, "filter": False, "width": 260},
         ]
     made = grid(

@@ -38,11 +38,24 @@ _SEQUENCES = """
         SELECT *, dense_rank() OVER (ORDER BY page) AS number
         FROM chosen
     )
-    SELECT sequence_id, label, source, (SELECT max(number) FROM paged), (SELECT sum(n_tokens)::BIGINT FROM paged)
+    SELECT sequence_id, label, source, (SELECT max(number) FROM paged)
     FROM paged
     WHERE number = $page
     ORDER BY sequence_id
 """
+_TOTAL = """
+    SELECT count(*)
+    FROM tokens
+    WHERE run_id = $run{texts}
+"""
+_OF_TEXTS = """
+        AND sequence_id IN (
+            SELECT sequence_id
+            FROM sequences
+            WHERE run_id = $run
+                AND ($label IS NULL OR coalesce(label, $unlabelled) = $label)
+                AND ($kept IS NULL OR list_contains($kept::BIGINT[], sequence_id))
+        )"""
 _PARTS: Kept[Part] = Kept(4)
 _VOCABULARY: Kept[dict[int, bytes]] = Kept(3)
 _TOKENS = """
@@ -66,7 +79,7 @@ class Part:
         token: run-wide numbers of its tokens, ascending.
         sequence, position, token_id, special: of each token.
         page, pages: which page of how many.
-        total: tokens on all pages together, as the sequences count them.
+        total: tokens on all pages together, generated ones among them.
         whole: whether it is all of the run.
     """
 
@@ -130,9 +143,17 @@ def _found(run: Run, state: ViewState, key: str) -> Part:
         special=columns["special"],
         page=state.page,
         pages=pages,
-        total=int(rows[0][4] or 0),
+        total=len(columns["token"]) if pages == 1 else _total(run, asked),
         whole=pages == 1 and state.label is None and state.sequence is None and asked["kept"] is None,
     )
+
+
+def _total(run: Run, asked: dict[str, Any]) -> int:
+    """Tokens of every sequence that the address leaves; only whole runs and labels have more than one page."""
+    texts = {name: asked[name] for name in ("label", "unlabelled", "kept")}
+    narrowed = texts["label"] is not None or texts["kept"] is not None
+    query = _TOTAL.format(texts=_OF_TEXTS if narrowed else "")
+    return int(run.store.fetch(query, {"run": run.run_id, **(texts if narrowed else {})})[0][0])
 
 
 def text_of(run: Run, part: Part) -> dict[str, Any]:

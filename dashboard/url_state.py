@@ -41,7 +41,7 @@ class ViewState:
     """What a page shows. Every field is one parameter of the URL and None, or empty, is its default.
 
     Attributes:
-        run: name of the run; None for the newest.
+        run: name of the run; None for the newest complete one, else the newest.
         layer: layer, with the router's sublayer where it is not the first.
         expert: expert in focus.
         label: only texts with this label.

@@ -16,6 +16,8 @@ from typing import Literal
 
 from moescope.core.errors import MoescopeError
 from moescope.core.progress import watched
+from moescope.dashboard.failures import without_frames
+from moescope.dashboard.sql.memory_bound import lifted
 
 _LOG = logging.getLogger("moescope.dashboard")
 State = Literal["waiting", "running", "done", "failed", "cancelled"]
@@ -47,7 +49,7 @@ class Job:
     total: float | None = None
     words: str = ""
     link: str | None = None
-    problem: MoescopeError | Exception | None = None
+    problem: BaseException | None = None
     begun: float | None = None
     ended: float | None = None
     _stop: threading.Event = field(default_factory=threading.Event, repr=False)
@@ -128,15 +130,21 @@ class Work:
     def _do(self, job: Job, task: Task) -> None:
         job.state, job.begun = "running", time.time()
         try:
-            job.link = task(job)
+            with lifted():
+                job.link = task(job)
             job.state = "done"
         except KeyboardInterrupt:
             job.state = "cancelled"
         except MoescopeError as refused:
+            without_frames(refused)
             job.problem, job.state = refused, "failed"
-        except Exception as error:  # noqa: BLE001  whatever it was, the page must say so, and the next job have its turn
+        except BaseException as error:  # noqa: BLE001  whatever it was, the page must say so, and the next job have its turn
             _LOG.exception("%s failed", job.title)
+            without_frames(error)
             job.problem, job.state = error, "failed"
         job.ended = time.time()
         if self._after is not None:
-            self._after(job)
+            try:
+                self._after(job)
+            except Exception:  # noqa: BLE001  the next job has its turn whatever follows this one
+                _LOG.exception("what follows %s failed", job.title)

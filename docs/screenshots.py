@@ -34,11 +34,13 @@ _SETTLED = """
             || one.querySelector('.panel-answer, .refusal'))
 """
 
-# Page → what its picture shows; what the store does not have is left out of the address.
+# Page → what its picture shows. A run that the store does not have is left out, and what belongs to it.
 VIEWS: dict[str, dict[str, str]] = {
+    "/compare": {"run": "demo", "other": "cut"},
+    "/features": {"run": "study"},
     "/experts": {"layer": "3", "expert": "7"},
     "/tokens": {"layer": "3"},
-    "/phenomena": {"layer": "1", "head": "0"},
+    "/phenomena": {"run": "phenomena", "layer": "1", "head": "0"},
     "/lab": {"edits": "ablate layer=3 experts=5"},
     "/sql": {"sql": "SELECT layer, expert, sum(tokens) AS tokens\nFROM loads\nGROUP BY ALL\nORDER BY tokens DESC"},
     "/analyses": {"analysis": "local_consistency"},
@@ -51,23 +53,27 @@ def main() -> None:
     parser.add_argument("store", type=Path)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "images")
     parser.add_argument("--page", action="append", help="only this page, by its path; may be repeated")
-    parser.add_argument("--run", help="the run to show; the store's newest without it")
+    parser.add_argument("--run", help="the run to show where a page has none of its own; the newest complete one without it")
     parser.add_argument("--dark", action="store_true", help="in dark colours, as NAME-dark.png")
     given = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     given.out.mkdir(parents=True, exist_ok=True)
     chosen = [page for page in pages if not given.page or page.path in given.page]
+    with Store(given.store, read_only=True) as store:
+        runs = {run.name for run in store.runs()}
     with _served(given.store) as url, _browser(dark=given.dark) as driver:
         for page in sorted(chosen, key=lambda one: (one.group, one.order)):
             target = given.out / f"{page.path.strip('/') or 'overview'}{'-dark' if given.dark else ''}.png"
-            target.write_bytes(picture(driver, url + address(page.path, given.run)))
+            target.write_bytes(picture(driver, url + address(page.path, given.run, runs)))
             size = target.stat().st_size
             _LOG.info("%s %d kB%s", target, size // 1000, "" if size <= LARGEST else "  TOO LARGE")
 
 
-def address(path: str, run: str | None = None) -> str:
+def address(path: str, run: str | None, runs: set[str]) -> str:
     """A page with what its picture shows."""
-    values = ({"run": run} if run else {}) | VIEWS.get(path, {})
+    wanted = VIEWS.get(path, {})
+    there = {wanted[name] for name in ("run", "other") if name in wanted} <= runs
+    values = ({"run": run} if run else {}) | (wanted if there else {})
     return path + ("?" + urlencode(values) if values else "")
 
 

@@ -114,16 +114,20 @@ _HEADS = """
     WHERE run_id = $run AND condition = 'base' AND metric = '{metric}' AND isfinite(value)
     GROUP BY layer, block"""
 _SAE = """
-    SELECT
-        regexp_extract(s.site, '^blocks\\.(\\d+)\\.', 1)::USMALLINT AS layer,
-        'autoencoder' AS block,
-        avg(m.value) AS value,
-        max(m.n) AS n
-    FROM sae_measures m
-    JOIN saes s ON s.sae_id = m.sae_id
-    WHERE m.run_id = $run AND m.metric = 'fvu' AND m.condition = 'sae' AND m.group_kind = 'all'
-        AND regexp_matches(s.site, '^blocks\\.\\d+\\.')
-    GROUP BY s.site"""
+    SELECT layer, block, value, n
+    FROM (
+        SELECT
+            regexp_extract(s.site, '^blocks\\.(\\d+)\\.', 1)::USMALLINT AS layer,
+            'autoencoder ' || regexp_replace(s.site, '^blocks\\.\\d+\\.', '') AS block,
+            m.value,
+            m.n,
+            row_number() OVER (PARTITION BY s.site ORDER BY s.created_at DESC NULLS LAST, s.sae_id DESC) AS age
+        FROM sae_measures m
+        JOIN saes s ON s.sae_id = m.sae_id
+        WHERE m.run_id = $run AND m.metric = 'fvu' AND m.condition = 'sae' AND m.group_kind = 'all' AND s.expert IS NULL
+            AND regexp_matches(s.site, '^blocks\\.\\d+\\.')
+    )
+    WHERE age = 1"""
 _NEURONS = """
     SELECT layer, block, d_expert::DOUBLE AS value, 1::BIGINT AS n
     FROM layers
@@ -151,10 +155,10 @@ MEASURES: dict[str, _Measure] = {
         "attention to the first token", "share", "attention", _HEADS.format(value="avg(value)", metric="alpha_0")
     ),
     "sink_heads": _Measure(
-        "heads with a sink (α > 0.3)",
+        "heads with a sink (α₀ > 0.3, first 64 tokens)",
         "share of heads",
         "attention",
-        _HEADS.format(value="avg((value > 0.3)::DOUBLE)", metric="alpha_0"),
+        _HEADS.format(value="avg((value > 0.3)::DOUBLE)", metric="sink_alpha_0"),
     ),
     "previous_token": _Measure(
         "largest previous-token score", "share", "attention", _HEADS.format(value="max(value)", metric="previous token")
@@ -187,8 +191,10 @@ def anatomy_map(run: Run, *, measure: Measure = "all") -> Result:
     One number a sublayer and measure. Routers: mean entropy of the router's distribution over ln E; mean margin; coefficient
     of variation of the experts' tokens, the busiest expert over their mean, the share of experts without a token; mean L2 norm
     of expert outputs. Residual stream: geometric mean of the L2 norm at the block's output; the largest |x| over the median |x| of its
-    sequence. Attention: mean share that goes to the first token, share of heads that give it more than 0.3, the largest
-    previous-token, induction and retrieval score of a head. Autoencoders: share of variance left unexplained. MLPs: neurons.
+    sequence. Attention: mean share that goes to the first token, share of heads that give it more than 0.3 within the first 64
+    tokens of a text, the largest previous-token, induction and retrieval score of a head. Autoencoders: share of variance left
+    unexplained by the newest autoencoder of each site that was judged on the run; those of a single expert are left out. MLPs:
+    neurons.
 
     Args:
         measure: which of them colours the map; all of them, each in a row of its own.
@@ -252,19 +258,25 @@ def _title(frame: pd.DataFrame, shown: list[str]) -> str:
         return f"{len(shown)} measures of {layers} layers, from the first to the last"
     low, high = frame.loc[frame["value"].idxmin()], frame.loc[frame["value"].idxmax()]
     metric = MEASURES[shown[0]].metric
-    if len(frame) == 1 or low["value"] == high["value"]:
-        return f"{metric[:1].upper()}{metric[1:]}: {high['value']:,.4g} in all of {layers} layers"
+    if low["value"] == high["value"]:
+        where = f"in all of {layers} layers" if layers > 1 else f"in L{high['layer']}"
+        return f"{metric[:1].upper()}{metric[1:]}: {_written(high['value'])} {where}"
     return (
-        f"{metric[:1].upper()}{metric[1:]} is smallest in L{low['layer']} ({low['value']:,.3g}) and largest in "
-        f"L{high['layer']} ({high['value']:,.3g})"
+        f"{metric[:1].upper()}{metric[1:]} is smallest in L{low['layer']} ({_written(low['value'])}) and largest in "
+        f"L{high['layer']} ({_written(high['value'])})"
     )
+
+
+def _written(value: float) -> str:
+    """Three digits, and large numbers in full: 1,536 rather than 1.54e+03."""
+    return f"{value:,.0f}" if 1000 <= abs(value) < 1e7 else f"{value:,.3g}"
 
 
 def _all(result: Result) -> go.Figure:
     """A row a measure, each on its own scale, which its name tells."""
     frame = result.df()
     frame["row"] = [
-        f"{metric}{'' if block in ('mlp', 'attn', 'residual') else ' ' + plain(block)}"
+        f"{metric}{'' if block in ('mlp', 'attn', 'residual') else ' ' + plain(block.removeprefix('autoencoder '))}"
         for metric, block in zip(frame["metric"], frame["block"], strict=True)
     ]
     rows = list(dict.fromkeys(frame["row"]))
@@ -276,7 +288,7 @@ def _all(result: Result) -> go.Figure:
     scaled = np.divide(values - low, high - low, out=np.full_like(values, 0.5), where=high > low)
     scaled[np.isnan(values)] = np.nan
     names = [
-        f"{row}  {a:,.3g}" + (f" – {b:,.3g}" if b > a else "")
+        f"{row}  {_written(a)}" + (f" – {_written(b)}" if b > a else "")
         for row, a, b in zip(rows, low[:, 0], high[:, 0], strict=True)
     ]
     figure = go.Figure(

@@ -8,6 +8,7 @@ from typing import Literal
 
 import numpy as np
 import pandas as pd
+from numpy.typing import NDArray
 
 from moescope.core.result import Result
 
@@ -25,12 +26,15 @@ DEFINITION = (
     "all numbers (layers, labels, experts, …) of the first measure that the analysis tells with a chance level and an interval. "
     "Beyond chance: the chance level lies outside the intervals of at least half of these numbers; in part: of more than 5 % of "
     "them, which chance alone would give with a probability under 5 % (binomial, as if they were independent); within chance: "
-    "otherwise. The distance grows with the number of documents; value ÷ chance, of the number at the median, does not. Where an "
-    "interval has no width there is no distance; such a finding stands last in its group."
+    "otherwise. Where the chance level is the mean of controls whose least and largest are told (control_low and control_high, or "
+    "null_low and null_high), a number counts as beyond it only if it lies outside these two as well. The distance grows with the "
+    "number of documents; value ÷ chance, of the number at the median, does not. Where an interval has no width there is no "
+    "distance; such a finding stands last in its group."
 )
 """What `Finding` holds, for the page that lists findings."""
 
 _NEEDED = ["metric", "value", "null", "ci_low", "ci_high"]
+_SPREADS = (("control_low", "control_high"), ("null_low", "null_high"))
 
 
 @dataclass(frozen=True)
@@ -42,7 +46,7 @@ class Finding:
         verdict: whether its numbers lie beyond chance.
         metric: the measure that was judged; None where none can be.
         distance: median distance from chance, in half-widths of the interval; None where intervals have no width.
-        beyond, cells: numbers whose interval leaves chance out, of how many.
+        beyond, cells: numbers whose interval leaves chance out and that lie outside the controls' range, of how many.
         value, null: the number at the median distance and its chance level.
     """
 
@@ -88,13 +92,14 @@ def finding(result: Result) -> Finding:
     distance = np.full(len(judged), np.inf)
     np.divide(apart, half, out=distance, where=half > 0)
     distance[apart == 0] = 0.0
-    beyond = int(((null < low) | (null > high)).sum())
+    beyond = int((((null < low) | (null > high)) & _outside(judged, value)).sum())
+    typical = float(np.median(distance))
     middle = int(np.argsort(distance, kind="stable")[len(distance) // 2])
     return Finding(
         result,
         _verdict(beyond, len(judged)),
         str(judged["metric"].iloc[0]),
-        float(distance[middle]) if np.isfinite(distance[middle]) else None,
+        typical if math.isfinite(typical) else None,
         beyond,
         len(judged),
         float(value[middle]),
@@ -111,10 +116,22 @@ def _judged(result: Result) -> pd.DataFrame:
     """The rows of the first measure that has a chance level and an interval."""
     if not set(_NEEDED) <= set(result.table.column_names):
         return pd.DataFrame(columns=_NEEDED)
-    frame = result.table.select(_NEEDED).to_pandas()
+    names = result.table.column_names
+    spread = next((pair for pair in _SPREADS if set(pair) <= set(names)), ())
+    frame = result.table.select([*_NEEDED, *spread]).to_pandas()
     numbers = frame[_NEEDED[1:]].astype(float)
     frame = frame[np.isfinite(numbers).all(axis=1)]
     return frame if frame.empty else frame[frame["metric"] == frame["metric"].iloc[0]]
+
+
+def _outside(judged: pd.DataFrame, value: NDArray[np.float64]) -> NDArray[np.bool_]:
+    """[row] Whether a number lies outside the range of its controls; true where no range is told."""
+    outside = np.ones(len(judged), bool)
+    for lowest, largest in _SPREADS:
+        if lowest in judged:
+            low, high = judged[lowest].to_numpy(float), judged[largest].to_numpy(float)
+            outside = (value < low) | (value > high) | np.isnan(low) | np.isnan(high)
+    return outside
 
 
 def _verdict(beyond: int, cells: int) -> Verdict:

@@ -111,7 +111,8 @@ def _draw(result: Result) -> go.Figure:
         name="massive from here",
         line={"color": CHANCE, "dash": "dash"},
     )
-    figure.update_xaxes(title="layer", dtick=max(1, len(first) // 16))
+    low, high = int(first["layer"].min()), int(first["layer"].max())
+    figure.update_xaxes(title="layer", tick0=low, dtick=max(1, len(first) // 16), range=[low - 0.5, high + 0.5])
     log_axis(figure, title="|x| (log scale)", values=[*first["value"].abs(), *first["median_abs"], 1000.0])
     figure.update_layout(height=400)
     return figure

@@ -93,7 +93,8 @@ def _draw(result: Result) -> go.Figure:
             line={"color": colour, "dash": dash},
             hovertemplate=f"{name} after layer %{{x}}: %{{y:,.4g}}<extra></extra>",
         )
-    figure.update_xaxes(title="layer", dtick=max(1, len(frame) // 16))
+    low, high = int(frame["layer"].min()), int(frame["layer"].max())
+    figure.update_xaxes(title="layer", tick0=low, dtick=max(1, len(frame) // 16), range=[low - 0.5, high + 0.5])
     log_axis(figure, title="L2 norm (log scale)", values=[*frame["p5"], *frame["largest"]])
     figure.update_layout(height=400)
     return figure

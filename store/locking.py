@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import os
+import shutil
 import tempfile
+import weakref
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -50,8 +51,9 @@ def lock_down(
         return
     if not may_write(path.parent):
         # Large queries spill beside the store, which cannot be here.
-        spill = Path(tempfile.gettempdir()) / f"moescope-{os.getpid()}.tmp"
-        connection.execute(f"SET temp_directory = {literal(str(spill))}")
+        spill = tempfile.mkdtemp(prefix="moescope-")
+        weakref.finalize(connection, shutil.rmtree, spill, ignore_errors=True)
+        connection.execute(f"SET temp_directory = {literal(spill)}")
     if memory is not None:
         connection.execute(f"SET memory_limit = {literal(memory)}")
     if wanted:

@@ -37,7 +37,7 @@
     if (x > 0 && x < 0.1) return "<0.1 %";
     return (x >= 99.95 && x < 100 ? ">99.9 %" : x.toFixed(1) + " %");
   }
-  const points = (p) => (p === 0 ? "0.0" : (p > 0 ? "+" : "") + minus((100 * p).toFixed(1)));
+  const points = (p) => (Math.abs(100 * p) < 0.05 ? "0.0" : (p > 0 ? "+" : "") + minus((100 * p).toFixed(1)));
   const count = (n) => n.toLocaleString("en-US");
   const visible = (piece) => piece.replace(/\n/g, "↵").replace(/\t/g, "⇥").replace(/\r/g, "␍") || "∅";
   const router = ({ layer, block }) => "L" + layer + (block === "mlp" ? "" : " " + block);
@@ -249,7 +249,7 @@
   function paintNext() {
     const prompt = answer.prompts[answer.row], piece = prompt.pieces[answer.at];
     const last = answer.at === prompt.pieces.length - 1;
-    const side = (name, list, edited) => table(name, edited ? ["token", "p", "Δ points", "rank"] : ["token", "p", "rank edited"], list.map((one) => {
+    const side = (name, list, edited) => table(name, edited ? ["token", "p", "Δ points", "rank"] : ["token", "p", notBase() ? "rank edited" : "rank"], list.map((one) => {
       const moved = one.rank === one.other_rank ? "=" : edited ? one.other_rank + " → " + one.rank : one.rank + " → " + one.other_rank;
       return el("tr", { "data-token": one.id, "data-p": one.p, class: one.rank === one.other_rank ? null : "lab-moved" },
         el("th", { scope: "row" }, anchor(visible(one.piece), href("/tokens", { piece: one.id }), { class: "piece foreign", title: "where the run has this token" })),

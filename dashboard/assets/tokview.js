@@ -241,7 +241,7 @@
     const swapped = S.swapped[t];
     if (swapped === 255) return "not recorded in both runs";
     const kind = { 2: ", E" + S.paint.focus + " lost", 3: ", E" + S.paint.focus + " gained" }[S.values[t]] || "";
-    return (swapped === 0 ? "the same experts as in " : swapped + " of " + S.paint.top_k + " experts were not chosen in ") + S.paint.other + kind;
+    return (swapped === 0 ? "the same experts as in " : swapped + (swapped === 1 ? " expert differs from " : " experts differ from ")) + S.paint.other + kind;
   }
 
   /* Matches are the hits of the filter, the text searched for, or tokens that are both. */

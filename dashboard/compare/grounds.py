@@ -13,7 +13,7 @@ from moescope.core.registry import Registry
 from moescope.dashboard import numbers
 from moescope.dashboard.browser import HIDDEN
 from moescope.dashboard.records import Router, routers
-from moescope.routing.comparison.paired_sequences import SAME_SEQUENCES, pair_parameters
+from moescope.routing.comparison.paired_sequences import GENERATED_LEFT_OUT, SAME_SEQUENCES, generated, pair_parameters
 from moescope.store.run import Run
 
 Holds = Literal["yes", "partly", "no"]
@@ -112,17 +112,18 @@ def unable_list(unable: list[tuple[str, str]]) -> Any:
 
 def _corpus(run: Run, other: Run, pairs: int, tokens: int) -> Ground:
     counts = [r.store.fetch(_TEXTS, [r.run_id])[0][0] for r in (run, other)]
+    also = f" {GENERATED_LEFT_OUT}" if pairs and generated(run, other) else ""
     if pairs and pairs == counts[0] == counts[1]:
         return Ground(
             "yes",
             f"Same texts: all {numbers.count(pairs)} sequences ({numbers.count(tokens)} tokens) are token for token the same, "
-            "so differences are paired and tokens can be laid side by side.",
+            "so differences are paired and tokens can be laid side by side." + also,
         )
     if pairs:
         return Ground(
             "partly",
             f"Shared texts: {numbers.count(pairs)} sequences are in both, of {numbers.count(counts[0])} and "
-            f"{numbers.count(counts[1])}. Differences are over these alone.",
+            f"{numbers.count(counts[1])}. Differences are over these alone.{also}",
         )
     return Ground(
         "no",
@@ -134,6 +135,13 @@ def _corpus(run: Run, other: Run, pairs: int, tokens: int) -> Ground:
 def _model(run: Run, other: Run) -> Ground:
     first, second = run.info, other.info
     shapes = [i["anatomy"].get("digest") for i in (first, second)]
+    unnamed = [r.name for r in (run, other) if r.info["model"] in (None, "", "unknown")]
+    if unnamed and not all(shapes):
+        return Ground(
+            "partly",
+            f"Which model it is of is not recorded in {' and '.join(unnamed)}: whether both are of the same one is not known, "
+            "and expert 7 of one need not be expert 7 of the other.",
+        )
     same_shape = shapes[0] == shapes[1] if all(shapes) else first["architecture"] == second["architecture"]
     if not same_shape:
         return Ground(

@@ -12,7 +12,7 @@ from moescope.core.errors import MoescopeError
 from moescope.dashboard import grids, notices
 from moescope.dashboard.answers import Answers
 from moescope.dashboard.url_state import Mode, ViewState, link
-from moescope.routing.comparison.compare_measures import ROUNDING
+from moescope.routing.comparison.compare_measures import moved
 from moescope.store.run import Run
 
 _WHERE: dict[str, tuple[str, Mode | None]] = {
@@ -66,7 +66,8 @@ def measures(answers: Answers, run: Run, other: Run) -> Any:
 def _row(line: dict[str, Any], units: dict[str, str], run: Run, other: Run) -> dict[str, Any]:
     low, high = line["ci_low"], line["ci_high"]
     judged = low is not None and low == low  # noqa: PLR0124  a NaN differs from itself
-    real = line["relative"] is not None and abs(line["relative"]) > ROUNDING
+    relative = math.nan if line["relative"] is None else line["relative"]
+    real = bool(moved(line["value"], relative))
     apart = judged and real and not low <= 0 <= high
     places = _places(line, judged=judged)
     path, mode = _WHERE.get(line["metric"], ("", None))
@@ -79,7 +80,7 @@ def _row(line: dict[str, Any], units: dict[str, str], run: Run, other: Run) -> d
         "second_href": hrefs[1],
         "difference": _signed(line["value"], places) if real else "0",
         "interval": f"{_signed(low, places)} to {_signed(high, places)}" if judged else "—",
-        "percent": 100 * line["relative"] if line["relative"] is not None else None,
+        "percent": None if math.isnan(relative) else 100 * relative,
         "apart": apart,
         "verdict": ("● leaves 0 out" if apart else "○ holds 0") if judged else "—",
         "unit": units.get(line["metric"], ""),

@@ -14,7 +14,7 @@ from moescope.dashboard import grids, numbers
 from moescope.dashboard.records import Router, expert_name, layer_of, routers
 from moescope.dashboard.token_text import CONTINUES, PieceReader, brief, visible
 from moescope.dashboard.url_state import ViewState, link
-from moescope.routing.comparison.paired_sequences import SAME_SEQUENCES, pair_parameters
+from moescope.routing.comparison.paired_sequences import GENERATED_LEFT_OUT, SAME_SEQUENCES, generated, pair_parameters
 from moescope.store.run import Run
 
 Show = Literal["all", "changed", "lost", "gained"]
@@ -28,7 +28,7 @@ _OTHER = "\n".join(
 _TOKENS = """
     SELECT token, position, token_id, nll, lag(predicted_id) OVER (ORDER BY position) AS predicted
     FROM tokens
-    WHERE run_id = $run AND sequence_id = $sequence
+    WHERE run_id = $run AND sequence_id = $sequence AND coalesce(phase, 'prefill') = 'prefill'
     ORDER BY position
 """
 _DECISIONS = """
@@ -49,6 +49,7 @@ class Pair:
         nll_a, nll_b: nats; None where there is none.
         right_a, right_b: whether it was the most likely next token; None where nothing predicted it.
         moved: router → experts lost and gained, only where the sets differ.
+        compared: routers whose decision at the token both runs have.
     """
 
     position: int
@@ -60,6 +61,7 @@ class Pair:
     right_a: bool | None
     right_b: bool | None
     moved: Mapping[tuple[int, str], tuple[list[int], list[int]]]
+    compared: frozenset[tuple[int, str]]
 
     def fits(self, show: Show) -> bool:
         """Whether it is among what is shown: `lost` and `gained` are predictions that were right in one run only."""
@@ -115,9 +117,8 @@ def side_by_side(run: Run, other: Run, state: ViewState) -> Any:
         fit=None,
         tooltipShowDelay=300,
     )
-    return html.Div(
-        [_heading(run, state, bool(moved)), _summary(every, fitting, moved, known), grid, _pager(state, pages)]
-    )
+    summary = _summary(every, fitting, moved, without_generated=generated(run, other))
+    return html.Div([_heading(run, state, bool(moved)), summary, grid, _pager(state, pages)])
 
 
 def shown(state: ViewState) -> Show:
@@ -151,13 +152,14 @@ def _pair(
     second: Mapping[tuple[int, str], list[int]],
 ) -> Pair:
     moved = {}
-    for place in sorted(first.keys() & second.keys()):
+    compared = frozenset(first.keys() & second.keys())
+    for place in sorted(compared):
         lost = sorted(set(first[place]) - set(second[place]))
         gained = sorted(set(second[place]) - set(first[place]))
         if lost or gained:
             moved[place] = (lost, gained)
     right = [None if row[4] is None or row[3] is None else row[4] == row[2] for row in (a, b)]
-    return Pair(a[1], a[2], a[0], b[0], a[3], b[3], right[0], right[1], moved)
+    return Pair(a[1], a[2], a[0], b[0], a[3], b[3], right[0], right[1], moved, compared)
 
 
 def _pieces(run: Run, ids: list[int | None]) -> list[str]:
@@ -240,17 +242,19 @@ def _heading(run: Run, state: ViewState, moved: bool) -> Any:
     return html.Div(parts)
 
 
-def _summary(every: list[Pair], fitting: list[Pair], moved: list[Router], known: list[Router]) -> Any:
+def _summary(every: list[Pair], fitting: list[Pair], moved: list[Router], *, without_generated: bool) -> Any:
     switched = sum(len(pair.moved) for pair in every)
-    decisions = len(every) * len(known)
+    decisions = sum(len(pair.compared) for pair in every)
+    compared = frozenset[tuple[int, str]]().union(*(pair.compared for pair in every))
     lost, gained = (sum(pair.fits(show) for pair in every) for show in ("lost", "gained"))
     parts = [f"{numbers.count(len(fitting))} of {numbers.count(len(every))} tokens shown."]
-    if known:
+    if compared:
         parts.append(
             f"{numbers.count(switched)} of {numbers.count(decisions)} decisions ({numbers.share(switched, decisions)}) "
-            f"went to other experts, in {len(moved)} of {len(known)} routers."
+            f"went to other experts, in {len(moved)} of {len(compared)} routers."
         )
     parts.append(f"Predictions lost: {lost}, gained: {gained}.")
+    parts += [GENERATED_LEFT_OUT] if without_generated else []
     return dmc.Text(" ".join(parts), className="muted", mb=6)
 
 

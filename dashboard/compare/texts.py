@@ -23,13 +23,13 @@ _CHANGED = "\n".join(
     first AS (
         SELECT sequence_id, sum(nll::DOUBLE) AS total, count(nll) AS n
         FROM tokens
-        WHERE run_id = $run
+        WHERE run_id = $run AND coalesce(phase, 'prefill') = 'prefill'
         GROUP BY sequence_id
     ),
     second AS (
         SELECT sequence_id, sum(nll::DOUBLE) AS total, count(nll) AS n
         FROM tokens
-        WHERE run_id = $other
+        WHERE run_id = $other AND coalesce(phase, 'prefill') = 'prefill'
         GROUP BY sequence_id
     ),
     told AS (

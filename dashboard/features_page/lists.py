@@ -21,6 +21,7 @@ _PERCENT = (
     "params.value == null ? '—' : params.value === 0 ? '0 %' : "
     "(params.value < 0.001 ? d3.format('.2r')(100 * params.value) : d3.format('.2f')(100 * params.value)) + ' %'"
 )
+_Q = "params.value == null ? '—' : params.value < 0.001 ? '<0.001' : d3.format('.3f')(params.value)"
 _DASH = "params.value == null || params.value === '' ? '—' : params.value"
 _THERE = "SELECT 1 FROM query_table($table) WHERE run_id = $run AND sae_id = $sae LIMIT 1"
 
@@ -117,7 +118,12 @@ def latent_grid(run: Run, reading: Reading) -> Any:
                 sortable=False,
                 headerTooltip="interval of the lift, over documents",
             ),
-            _number("q", "q", ".1g", width=70, headerTooltip="false-discovery rate at which the label would be called"),
+            {
+                **_number(
+                    "q", "q", "", width=76, headerTooltip="false-discovery rate at which the label would be called"
+                ),
+                "valueFormatter": {"function": _Q},
+            },
         ]
     columns += [
         _number(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Callable, Mapping
 from functools import cache
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
     from moescope.store.run import Run
 
 MAX_PROMPT = 20_000
+_LARGEST = 2**63
+_COLDEST = 0.01  # below, logits divided by it are no numbers any more
 _SAMPLE = ("bible", "python")
 _SAMPLE_LENGTH = 220
 
@@ -123,8 +126,8 @@ class Asking:
                     raise
                 except MoescopeError as problem:
                     refused = problem
-            row, at = int(ask.get("row") or 0), ask.get("at")
-            found = shown(model, base, edited, row=row, at=None if at is None else int(at))
+            row, at = _whole(ask, "row"), None if ask.get("at") is None else _whole(ask, "at")
+            found = shown(model, base, edited, row=row, at=at)
             found["refused"] = None if refused is None else _refused(refused)
             return {**found, "model": model.name, "ms": 1000 * (time.perf_counter() - begun)}
 
@@ -134,7 +137,7 @@ class Asking:
         """What the model writes after the prompt that is looked at, unedited and edited."""
 
         def request(model: LiveModel, prompts: list[str], intervention: Intervention | None) -> dict[str, Any]:
-            from moescope.dashboard.lab.writing import written
+            from moescope.dashboard.lab.writing import MAX_WRITTEN, written
 
             begun = time.perf_counter()
             found = written(
@@ -142,10 +145,10 @@ class Asking:
                 model,
                 self._bench.base(model, prompts),
                 intervention,
-                row=int(ask.get("row") or 0),
-                tokens=int(ask["tokens"]),
-                temperature=float(ask["temperature"]),
-                seed=int(ask["seed"]),
+                row=_whole(ask, "row"),
+                tokens=max(1, min(_whole(ask, "tokens"), MAX_WRITTEN)),
+                temperature=_temperature(ask),
+                seed=_whole(ask, "seed"),
             )
             return {**found, "ms": 1000 * (time.perf_counter() - begun)}
 
@@ -181,6 +184,28 @@ class Asking:
             problem = told(refused)
             return {"state": "refused", "problem": problem, "rows": rows, "stamp": stamp}
         return {"state": "answered", **found, "rows": rows, "stamp": stamp}
+
+
+def _whole(ask: Mapping[str, Any], name: str) -> int:
+    """A number of the request; 0 where it is left out."""
+    given = ask.get(name) or 0
+    try:
+        if abs(found := int(given)) < _LARGEST:
+            return found
+    except (TypeError, ValueError, OverflowError):
+        pass
+    raise InputError(f"{name} is no whole number of 64 bits", found=str(given)[:40])
+
+
+def _temperature(ask: Mapping[str, Any]) -> float:
+    given = ask.get("temperature") or 0
+    try:
+        found = float(given)
+        if found == 0 or _COLDEST <= found < math.inf:
+            return found
+    except (TypeError, ValueError, OverflowError):
+        pass
+    raise InputError("that is no temperature", expected=f"0, or {_COLDEST} and above", found=str(given)[:40])
 
 
 def suggested(run: Run | None) -> str:

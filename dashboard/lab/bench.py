@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +27,19 @@ MAX_TOKENS = 2048
 _KEPT = 4
 
 Router = tuple[int, str]
+Sources = tuple[tuple[str, str, str], ...]
+"""Kind, name and id of what edits take from the store."""
+
+_IDS = """
+    SELECT found.kind, given.name, found.id
+    FROM (SELECT unnest($names::VARCHAR[]) AS name) given
+    JOIN (
+        SELECT 'sae' AS kind, name, sae_id::VARCHAR AS id FROM saes
+        UNION ALL
+        SELECT 'run', name, run_id::VARCHAR FROM runs
+    ) found ON given.name IN (found.name, found.id)
+    ORDER BY ALL
+"""
 
 
 class RefusedEditError(InputError):
@@ -84,8 +98,10 @@ class Bench:
         self._bases: OrderedDict[tuple[str, ...], Base] = OrderedDict()
         self._session: Any = None
         self._context: Any = None
-        self._autoencoders: dict[str, Any] = {}
-        self._last: tuple[Any, Pass] | None = None
+        self._autoencoders: dict[tuple[str, str], Any] = {}
+        self._held: Sources = ()
+        self._held_on: LiveModel | None = None
+        self._last: tuple[Base, Intervention, Sources, Pass] | None = None
 
     def base(self, model: LiveModel, prompts: Sequence[str]) -> Base:
         """The prompts without edits; run once.
@@ -114,25 +130,28 @@ class Bench:
             RefusedEditError: an edit that the model does not take.
             RunError: logits that are no numbers.
         """
-        key = (id(base), intervention)
-        if self._last is None or self._last[0] != key:
-            session = self.under(model, intervention, [s.sequence_id for s in base.batch.sequences])
-            found = _run(model, base.on_device)
-            session.check_finite()
-            self._last = (key, found)
-        return self._last[1]
+        stored = self._stored(intervention)
+        last = self._last
+        # The very same prompts: an id would be that of others once these are let go.
+        if last is not None and last[0] is base and last[1:3] == (intervention, stored):
+            return last[3]
+        session = self.under(model, intervention, [s.sequence_id for s in base.batch.sequences])
+        found = _run(model, base.on_device)
+        session.check_finite()
+        self._last = (base, intervention, stored, found)
+        return found
 
     def under(self, model: LiveModel, intervention: Intervention, sequences: Sequence[int]) -> Any:
         """Hold the model under an intervention until it is told otherwise; gives the session."""
-        self._hold(model, intervention)
-        self._session.begin(sequences)
-        return self._session
+        session = self._hold(model, intervention)
+        session.begin(sequences)
+        return session
 
     def close(self) -> None:
         """Take every edit off the model."""
         context, self._context, self._session = self._context, None, None
         if context is not None:
-            context.__exit__(None, None, None)
+            context.close()
 
     def sources(self, model: LiveModel, intervention: Intervention) -> dict[str, Any]:
         """The autoencoders and runs that edits name, from the store."""
@@ -147,38 +166,61 @@ class Bench:
 
         self._of(model)
         wanted = autoencoder_names([intervention])
-        given = {name: self._autoencoders[name] for name in wanted if name in self._autoencoders}
+        stored = {name: sae_id for kind, name, sae_id in self._stored(intervention) if kind == "sae"}
+        gone = [(name, sae_id) for name, sae_id in self._autoencoders if name in wanted and stored.get(name) != sae_id]
+        for place in gone:
+            del self._autoencoders[place]
+        given = {name: module for (name, _), module in self._autoencoders.items() if name in wanted}
         found = with_autoencoders(model, self._store, [intervention], given)
-        self._autoencoders.update({name: found[name] for name in wanted})
+        self._autoencoders.update({(name, stored[name]): found[name] for name in wanted if name in stored})
         return found
+
+    def _stored(self, intervention: Intervention) -> Sources:
+        """The autoencoders and runs that edits name, as the store has them now: a name may have been given anew."""
+        from moescope.probes.effects.sources import autoencoder_names
+
+        names = {*autoencoder_names([intervention]), *(getattr(edit, "run", None) for edit in intervention.edits)}
+        named = sorted(name for name in names if name)
+        return tuple(self._store.fetch(_IDS, {"names": named})) if named else ()
 
     def _of(self, model: LiveModel) -> None:
         """Forget what was kept of another model."""
         if model is not self._model:
             self._bases.clear()
             self._autoencoders.clear()
+            self._context = self._session = self._held_on = None  # what is open, the host closes
             self._model, self._last = model, None
 
-    def _hold(self, model: LiveModel, intervention: Intervention) -> None:
-        if self._session is not None and not _of_weights(intervention):
+    def _hold(self, model: LiveModel, intervention: Intervention) -> Any:
+        stored = self._stored(intervention)
+        session = self._session if self._held_on is model else None
+        if session is not None and self._held == stored and not _of_weights(intervention):
             try:
-                self._session.update(intervention)
+                session.update(intervention)
             except (
                 InputError
             ):  # edits of other kinds or places: a new session, which says so where the model takes them not
                 self.host.let_go()
             else:
-                return
+                return session
         self.host.let_go()
         sources: Mapping[str, Any] = {}
         try:
             sources = self.sources(model, intervention)
-            context = model.edited(intervention, sources=sources)
-            session = context.__enter__()
+            context = ExitStack()
+            session = context.enter_context(model.edited(intervention, sources=sources))
         except MoescopeError as refused:
             raise RefusedEditError(refused, _which(model, intervention.edits, self)) from refused
-        self._context, self._session = context, session
-        self.host.keep_open(self.close)
+        self._context, self._session, self._held, self._held_on = context, session, stored, model
+
+        def close() -> None:
+            # A request that was left behind ends late: only what it opened itself is closed then.
+            if self._context is context:
+                self.close()
+            context.close()
+
+        self.host.keep_open(close)
+        return session
 
 
 def _run(model: LiveModel, on_device: DeviceBatch) -> Pass:

@@ -28,8 +28,8 @@ def shown(model: LiveModel, base: Base, edited: Pass | None, *, row: int, at: in
         at: after which of its tokens; None for the last.
     """
     lengths = [int(n) for n in base.batch.lengths]
-    row = min(row, len(lengths) - 1)
-    place = lengths[row] - 1 if at is None else min(at, lengths[row] - 1)
+    row = max(0, min(row, len(lengths) - 1))
+    place = lengths[row] - 1 if at is None else max(0, min(at, lengths[row] - 1))
     pieces = _Pieces(model)
     return {
         "moe": bool(model.anatomy.moe),

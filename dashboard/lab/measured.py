@@ -127,6 +127,12 @@ def _interval(row: Any, line: Any) -> str:
 
 
 def _number(value: float, line: Any) -> str:
-    if line.metric == "flips" and value >= 0:
-        return share(value, 1)
-    return decimal(float(value), 4)
+    """Flips in percent, the rest with four decimals; neither rounded to a false zero."""
+    value = float(value)
+    if absent(value):
+        return MISSING
+    small = 0 < abs(value) < 0.00005
+    size = share(abs(value), 1) if line.metric == "flips" else "<0.0001" if small else decimal(abs(value), 4)
+    if value >= 0:
+        return size
+    return f">−{size[1:]}" if size.startswith("<") else f"<−{size[1:]}" if size.startswith(">") else f"−{size}"

@@ -142,7 +142,7 @@ class Measuring:
             batch_size=BATCH_SIZE,
             max_length=MAX_LENGTH,
             keep_run=keep_run,
-            sources=self._bench.autoencoders(model, asked.intervention),
+            sources=self._bench.sources(model, asked.intervention),
             progress=False,
         )
 

@@ -8,7 +8,7 @@ import dash_mantine_components as dmc
 from dash import dcc, html
 
 from moescope.core.edit import edits
-from moescope.dashboard.browser import HIDDEN, named
+from moescope.dashboard.browser import HIDDEN, attributes, named
 from moescope.dashboard.lab.asking import sample_prompts, suggested, text_before
 from moescope.dashboard.lab.writing import MAX_WRITTEN
 from moescope.dashboard.url_state import ViewState
@@ -121,7 +121,7 @@ def _edits() -> Any:
         [
             html.Div(
                 [
-                    _title("Edits", "They act in this order, on every page's selection."),
+                    _title("Edits", "They act in this order; any page can add to them."),
                     html.Div(
                         [
                             button(html.Span("↶", **HIDDEN), "lab-undo", label="Undo (Ctrl Z)", disabled=True),
@@ -333,7 +333,7 @@ def button(
     disabled: bool = False,
 ) -> Any:
     """A plain button."""
-    words = {"title": title or label} if title or label else {}
+    words = attributes(title=title or label)
     return html.Button(
         text,
         id=identity,

@@ -43,7 +43,7 @@ def written(
         temperature: 0 for the most likely token each time.
         seed: of the drawing, the same for both.
     """
-    row = min(row, len(base.batch.sequences) - 1)
+    row = max(0, min(row, len(base.batch.sequences) - 1))
     key = (row, tokens, temperature, seed)
     if key not in base.written:
         bench.host.let_go()

@@ -30,6 +30,7 @@ def anatomy_section(run: Run) -> Any:
         allowDeselect=False,
         label="Colour",
         classNames={"label": "control-label"},
+        mb="sm",
     )
     return html.Div(
         [

@@ -12,11 +12,12 @@ from moescope.core.errors import InputError, MoescopeError
 from moescope.core.intervention import Intervention
 from moescope.dashboard import cards, grids, notices
 from moescope.dashboard.answers import Answers
+from moescope.dashboard.records import routers
 from moescope.dashboard.url_state import MAX_EDITS, ViewState, link
 from moescope.store.run import Run
 
 SHOWN = 500
-COMMAND = 'moescope intervene effect {model} --store {path} --edit "ablate layer=0 experts=0"'
+COMMAND = 'moescope intervene effect {model} --store {path} --edit "{edit}"'
 
 _EDITS = """
     SELECT effect_id::VARCHAR, any_value(intervention::VARCHAR)
@@ -24,6 +25,12 @@ _EDITS = """
     WHERE base_run_id = ? AND kind = 'target' AND list_contains(?::VARCHAR[], effect_id::VARCHAR)
     GROUP BY effect_id
 """
+
+
+def _example(run: Run) -> str:
+    """An edit that the run's model can take."""
+    known = routers(run)
+    return f"ablate layer={known[0].layer} experts=0" if known else "mask_head layer=0 heads=0"
 
 
 def effects_section(answers: Answers, run: Run, model: str) -> Any:
@@ -39,7 +46,7 @@ def effects_section(answers: Answers, run: Run, model: str) -> Any:
             else notices.empty(
                 "No effect yet",
                 "An effect is what an intervention changes, measured against this run. Measure one in the lab, or:",
-                command=COMMAND.format(model=model or "demo", path=run.store.path),
+                command=COMMAND.format(model=model or "demo", path=run.store.path, edit=_example(run)),
             ),
             identity="effects",
         )
@@ -50,9 +57,9 @@ def effects_section(answers: Answers, run: Run, model: str) -> Any:
     columns: list[dict[str, Any]] = [
         {**grids.link_column("intervention", "Intervention", flex=3, minWidth=220), "filter": True},
         grids.number_column("value", "ΔNLL, nats", "+,.4f", width=110),
-        {"field": "interval", "headerName": "95 % interval", "width": 150, "type": "rightAligned"},
-        {"field": "controls", "headerName": "Controls: mean, range", "width": 210, "type": "rightAligned"},
-        {"field": "outside", "headerName": "Beyond controls", "width": 130},
+        {"field": "interval", "headerName": "95 % interval", "width": 172, "type": "rightAligned"},
+        {"field": "controls", "headerName": "Controls: mean, range", "width": 232, "type": "rightAligned"},
+        {"field": "outside", "headerName": "Beyond controls", "width": 136},
         grids.number_column("n", "Tokens", ",d", width=90),
         grids.link_column("lab", "Lab", width=110),
     ]

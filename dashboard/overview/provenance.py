@@ -91,9 +91,9 @@ def _facts(info: dict[str, Any]) -> list[tuple[str, Any]]:
 def _surroundings(info: dict[str, Any]) -> list[tuple[str, Any]]:
     rows = [(name, str(version)) for name, version in info["versions"].items()]
     rows += [
-        (name.replace("_", " "), ", ".join(map(str, value)) if isinstance(value, list) else str(value))
+        (name.replace("_", " "), (", ".join(map(str, value)) or "none") if isinstance(value, list) else str(value))
         for name, value in info["settings"].items()
-        if name != "corpus"
+        if name not in ("corpus", "intervention")  # told with the run
     ]
     return rows or [("Versions", "not recorded")]
 

@@ -47,22 +47,27 @@ def runs_grid(run: Run) -> Any:
     rows = [row | {"here": row["name"] == run.name} for row in run_rows(run.store)]
     columns = [
         {
-            **grids.link_column("name", "Run", width=190),
+            **grids.link_column("name", "Run", width=190, minWidth=130),
             "filter": True,
             "cellClassRules": {"strong": {"function": "params.data.here"}},
         },
-        grids.text_column("model", "Model", width=150),
+        grids.text_column("model", "Model", width=150, minWidth=96),
         {
             "field": "state",
             "headerName": "Status",
             "width": 118,
+            "minWidth": 112,
             "cellClassRules": {"cell-problem": {"function": "params.data.why !== null"}},
         },
-        grids.number_column("tokens", "Tokens", ",d", width=100),
-        grids.number_column("nll", "NLL, nats", ".3f", width=95, headerTooltip="mean; a dash where none was recorded"),
-        grids.text_column("intervention", "Intervention", width=210),
-        {"field": "when", "headerName": "Recorded, UTC", "width": 140},
-        grids.number_column("bytes", "Size, MB", ",.1f", width=88, headerTooltip="an estimate, vectors included"),
+        grids.number_column("tokens", "Tokens", ",d", width=100, minWidth=96),
+        grids.number_column(
+            "nll", "NLL, nats", ".3f", width=95, minWidth=90, headerTooltip="mean; a dash where none was recorded"
+        ),
+        grids.text_column("intervention", "Intervention", width=210, minWidth=150),
+        {"field": "when", "headerName": "Recorded, UTC", "width": 140, "minWidth": 136},
+        grids.number_column(
+            "bytes", "Size, MB", ",.1f", width=88, minWidth=88, headerTooltip="an estimate, vectors included"
+        ),
     ]
     if any(row["why"] for row in rows):
         columns.insert(3, grids.text_column("why", "Why it is not complete", width=260))
@@ -74,7 +79,7 @@ def runs_grid(run: Run) -> Any:
         height=300,
         row_id="params.data.id",
         rowSelection={"mode": "multiRow", "headerCheckbox": False, "enableClickSelection": False},
-        selectionColumnDef={"headerName": "Tick", "width": 58, "resizable": False},
+        selectionColumnDef={"headerName": "Tick", "width": 58, "minWidth": 58, "resizable": False},
         tooltipShowDelay=300,
     )
     return cards.section(

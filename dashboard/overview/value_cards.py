@@ -10,7 +10,7 @@ from moescope.dashboard.records import Router
 from moescope.dashboard.url_state import ViewState, link
 from moescope.store.run import Run
 
-_NLL = "SELECT count(nll), avg(nll::DOUBLE) FROM tokens WHERE run_id = ?"
+_NLL = "SELECT count(nll), avg(nll::DOUBLE), count(*) FILTER (isnan(nll)) FROM tokens WHERE run_id = ?"
 _TEXTS = "SELECT count(*), sum(n_tokens)::BIGINT FROM sequences WHERE run_id = ?"
 _LAYERS = "SELECT count(DISTINCT layer) FROM layers WHERE run_id = ?"
 
@@ -19,7 +19,7 @@ def value_cards(run: Run, info: dict[str, Any], known: list[Router], plain: View
     """Tokens, mean NLL, layers, experts and speed of a run, each with what stands behind it."""
     sequences, in_texts = run.store.fetch(_TEXTS, [run.run_id])[0]
     tokens = in_texts if info["summary"].get("tokens") is None else info["summary"]["tokens"]
-    predicted, nll = run.store.fetch(_NLL, [run.run_id])[0]
+    predicted, nll, unknown = run.store.fetch(_NLL, [run.run_id])[0]
     layers = run.store.fetch(_LAYERS, [run.run_id])[0][0]
     seconds = info["summary"].get("seconds")
     speed = info["summary"].get("tokens_per_second")
@@ -37,8 +37,10 @@ def value_cards(run: Run, info: dict[str, Any], known: list[Router], plain: View
             f"{nll:.3f} nats" if measured else numbers.MISSING,
             f"perplexity {math.exp(min(nll, 700)):,.1f} · n = {numbers.count(predicted)}"
             if measured
+            else f"not a number in {numbers.count(unknown)} {'token' if unknown == 1 else 'tokens'}"
+            if unknown
             else "not recorded",
-            href=link("/tokens", plain.but(mode="nll")) if measured else None,
+            href=link("/tokens", plain.but(mode="nll")) if measured or unknown else None,
         ),
         cards.value_card(
             "Layers",
@@ -48,8 +50,10 @@ def value_cards(run: Run, info: dict[str, Any], known: list[Router], plain: View
         ),
         cards.value_card(
             "Experts",
-            _experts(known),
-            f"a layer, {known[0].top_k} chosen a token" if known else "a dense model has none",
+            _span([router.experts for router in known]),
+            f"a layer, {_span([router.top_k for router in known])} chosen a token"
+            if known
+            else "a dense model has none",
             href=link("/experts", plain) if known else None,
         ),
         cards.value_card(
@@ -72,6 +76,7 @@ def duration(seconds: float) -> str:
     return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{seconds:.1f} s"
 
 
-def _experts(known: list[Router]) -> str:
-    sizes = sorted({router.experts for router in known})
+def _span(values: list[int]) -> str:
+    """One number where all are equal, else from the smallest to the largest."""
+    sizes = sorted(set(values))
     return "0" if not sizes else str(sizes[0]) if len(sizes) == 1 else f"{sizes[0]}–{sizes[-1]}"

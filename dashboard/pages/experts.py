@@ -12,7 +12,7 @@ from dash import Input, Output, State, dcc, html
 from moescope.core.errors import InputError, MoescopeError
 from moescope.core.pages import Page, pages
 from moescope.dashboard import notices
-from moescope.dashboard.browser import HIDDEN, in_browser
+from moescope.dashboard.browser import HIDDEN, in_browser, named
 from moescope.dashboard.expert_card import card_callbacks, expert_card
 from moescope.dashboard.expert_compare import comparison
 from moescope.dashboard.expert_controls import controls, rank_control
@@ -233,7 +233,7 @@ def _atlas(run: Run, known: list[Router]) -> Any:
                 className="atlas",
                 tabIndex="0",
                 role="group",
-                **{"aria-label": "Map of experts: arrow keys move the cell, Enter opens its card"},
+                **named("Map of experts: arrow keys move the cell, Enter opens its card"),
             ),
         ]
     )

@@ -290,7 +290,11 @@ def _history() -> list[Any]:
                     [
                         dmc.Title("This session", order=2, className="section-title"),
                         dmc.Button(
-                            [html.Span("✕ ", **HIDDEN), "Forget"], id="sql-forget", size="compact-xs", variant="subtle"
+                            "Forget",
+                            id="sql-forget",
+                            leftSection=html.Span("✕", **HIDDEN),
+                            size="compact-xs",
+                            variant="subtle",
                         ),
                     ],
                     className="sql-session-heading",

@@ -12,7 +12,7 @@ from dash import ALL, Input, Output, State, dcc, html
 from moescope.core.errors import InputError, MoescopeError
 from moescope.core.pages import Page, pages
 from moescope.dashboard import cards, notices
-from moescope.dashboard.browser import HIDDEN, in_browser, named
+from moescope.dashboard.browser import HIDDEN, attributes, in_browser, named
 from moescope.dashboard.services import Services, services_of
 from moescope.dashboard.url_state import ViewState, decode
 from moescope.dashboard.work import Job
@@ -162,7 +162,7 @@ def form(kind: Kind, model: str, edits: str, services: Services) -> Any:
         dmc.Stack(
             [
                 dmc.SimpleGrid([_input(field, values[field.name]) for field in fields], cols={"base": 1, "sm": 2}),
-                dmc.Group([dmc.Button("Start", id="work-start"), html.Div(id="work-answer", **{"aria-live": "polite"})]),
+                dmc.Group([dmc.Button("Start", id="work-start"), html.Div(id="work-answer", **attributes(aria_live="polite"))]),
                 dmc.Text("The same on the command line, while the dashboard is closed:", className="muted"),
                 dmc.Code(command_line(kind, services.store, values), id="work-command", block=True, className="foreign work-command"),
             ],
@@ -197,7 +197,9 @@ def _filled(kind: Kind, values: list[Any], ticks: list[Any], ids: list[dict[str,
 
 
 def _jobs_section() -> Any:
-    return cards.section("Jobs", html.Div(id="work-jobs", **{"aria-live": "polite"}), note="One at a time, in order.")
+    return cards.section(
+        "Jobs", html.Div(id="work-jobs", **attributes(aria_live="polite")), note="One at a time, in order."
+    )
 
 
 def _input(field: Field, value: Any) -> Any:
@@ -235,8 +237,8 @@ def _job(job: Job) -> Any:
         )
         rows.append(dmc.Text(" · ".join(_progress(job, share)), className="muted foreign"))
     if job.problem is not None:
-        known = isinstance(job.problem, MoescopeError)
-        rows.append(notices.refusal(job.problem) if known else notices.unexpected(job.problem))
+        problem = job.problem
+        rows.append(notices.refusal(problem) if isinstance(problem, MoescopeError) else notices.unexpected(problem))
     if not job.over:
         rows.append(
             dmc.Group(dmc.Button("Cancel", id={"cancel": job.number}, variant="default", size="xs", **named(f"Cancel job {job.number}")))

@@ -105,18 +105,18 @@ def head_table(answers: Answers, run: str, state: ViewState) -> Any:
     told = head_metric(str(result.table["metric"][0].as_py()))
     rows = leading_rows(result)
     columns = [
-        grids.number_column("rank", "Rank", ",d", width=66),
+        grids.number_column("rank", "Rank", ",d", minWidth=60, maxWidth=66),
         grids.text_column("name", "Head", minWidth=104),
-        grids.number_column("value", "Value", ",.4g", width=90, headerTooltip=f"{told.words}, {told.unit}"),
+        grids.number_column("value", "Value", ",.4g", minWidth=86, headerTooltip=f"{told.words}, {told.unit}"),
         grids.number_column(
-            "low", "Low", ",.4g", width=84, headerTooltip="lower end of the 95 % interval, over documents"
+            "low", "Low", ",.4g", minWidth=80, headerTooltip="lower end of the 95 % interval, over documents"
         ),
         grids.number_column(
-            "high", "High", ",.4g", width=84, headerTooltip="upper end of the 95 % interval, over documents"
+            "high", "High", ",.4g", minWidth=80, headerTooltip="upper end of the 95 % interval, over documents"
         ),
         grids.number_column("null", "By chance", ",.4g", minWidth=92),
         grids.number_column("group", "KV head", "d", minWidth=84, headerTooltip="key-value head that it reads"),
-        grids.number_column("n", "n", ",d", width=86, headerTooltip="observations"),
+        grids.number_column("n", "n", ",d", minWidth=76, headerTooltip="observations"),
     ]
     made = grids.grid(
         "head-grid",

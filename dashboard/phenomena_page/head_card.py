@@ -184,7 +184,6 @@ def _masked(found: list[Masking], head: Head) -> Any:
     for effect in dict.fromkeys(m.effect for m in found):
         mine = [m for m in found if m.effect == effect]
         first = mine[0]
-        alone = f"{head.name} alone" if first.heads == 1 else f"{first.heads} heads together, {head.name} among them"
         body = [
             dmc.TableTr(
                 [
@@ -195,7 +194,10 @@ def _masked(found: list[Masking], head: Head) -> Any:
             )
             for m in mine
         ]
-        title = [alone, html.Span(f" · {first.name or 'intervention'} · run {first.base}", className="soft foreign")]
+        title = [
+            _together(first, head),
+            html.Span(f" · {first.name or 'intervention'} · run {first.base}", className="soft foreign"),
+        ]
         blocks.append(
             dmc.Box(
                 [
@@ -209,6 +211,14 @@ def _masked(found: list[Masking], head: Head) -> Any:
         dmc.Stack(blocks, gap="sm"),
         note="At random: mean of the controls (smallest to largest).",
     )
+
+
+def _together(m: Masking, head: Head) -> str:
+    """What was changed at once."""
+    if m.heads == 1 and not m.others:
+        return f"{head.name} alone"
+    masked = head.name if m.heads == 1 else f"{m.heads} heads together, {head.name} among them"
+    return masked + (f" and {m.others} other edit{'s' * (m.others > 1)}" if m.others else "")
 
 
 def _with_bounds(m: Masking) -> str:

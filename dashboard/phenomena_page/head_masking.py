@@ -18,19 +18,35 @@ _SQL = """
         GROUP BY e.effect_id
     ),
     edits AS (
-        SELECT effect_id, intervention, base, unnest(from_json(intervention -> 'edits', '["JSON"]')) AS edit,
-            json_array_length(intervention -> 'edits') AS n_edits
+        SELECT effect_id, intervention, base, unnest(from_json(intervention -> 'edits', '["JSON"]')) AS edit
         FROM asked
+    ),
+    attention AS (
+        SELECT block, count(DISTINCT layer) AS layers
+        FROM layers
+        WHERE run_id = $run
+        GROUP BY block
+    ),
+    each_edit AS (
+        SELECT e.*, (edit ->> 'kind') = 'mask_head' AS masks, coalesce(edit ->> 'block', 'attn') AS block,
+            (edit ->> 'layer') IS NULL AS everywhere,
+            CASE
+                WHEN (edit ->> 'layer') IS NULL THEN coalesce(a.layers, 1)
+                ELSE greatest(coalesce(json_array_length(edit -> 'layer'), 1), 1)
+            END AS layers
+        FROM edits e
+        LEFT JOIN attention a ON a.block = coalesce(edit ->> 'block', 'attn')
     ),
     masked AS (
         SELECT effect_id, any_value(intervention ->> 'name') AS name, any_value(base) AS base,
-            sum(greatest(coalesce(json_array_length(edit -> 'heads'), 1), 1)) AS heads,
+            sum(greatest(coalesce(json_array_length(edit -> 'heads'), 1), 1) * layers) FILTER (masks) AS heads,
+            count(*) FILTER (NOT masks) AS others,
             bool_or(
-                (edit ->> 'kind') = 'mask_head' AND coalesce(edit ->> 'block', 'attn') = $block
-                AND ((edit ->> 'layer') = $layer::VARCHAR OR json_contains(edit -> 'layer', $layer::VARCHAR))
+                masks AND block = $block
+                AND (everywhere OR (edit ->> 'layer') = $layer::VARCHAR OR json_contains(edit -> 'layer', $layer::VARCHAR))
                 AND ((edit ->> 'heads') = $head::VARCHAR OR json_contains(edit -> 'heads', $head::VARCHAR))
             ) AS mine
-        FROM edits
+        FROM each_edit
         GROUP BY effect_id
     ),
     numbers AS (
@@ -43,12 +59,12 @@ _SQL = """
         WHERE e.group_kind = 'all'
         GROUP BY e.effect_id, e.metric
     )
-    SELECT m.effect_id::VARCHAR, m.name, m.base, m.heads::INTEGER, n.metric, n.unit, n.value, n.low, n.high, n.n, n.controls,
-        n.null_mean, n.null_low, n.null_high
+    SELECT m.effect_id::VARCHAR, m.name, m.base, m.heads::INTEGER, m.others::INTEGER, n.metric, n.unit, n.value, n.low, n.high, n.n,
+        n.controls, n.null_mean, n.null_low, n.null_high
     FROM masked m
     JOIN numbers n USING (effect_id)
     WHERE m.mine AND n.value IS NOT NULL AND (n.metric LIKE 'delta%' OR n.metric = 'kl')
-    ORDER BY m.heads, m.effect_id, n.metric
+    ORDER BY m.heads, m.others, m.effect_id, n.metric
     LIMIT 40
 """
 
@@ -59,7 +75,8 @@ class Masking:
 
     Attributes:
         effect, name, base: which intervention, and of which run.
-        heads: how many heads its edits name.
+        heads: how many heads its edits mask, each layer's counted by itself.
+        others: how many edits of other kinds it has.
         metric, unit, value, low, high, n: what it did.
         controls, null, null_low, null_high: the same at random; None without any.
     """
@@ -68,6 +85,7 @@ class Masking:
     name: str | None
     base: str
     heads: int
+    others: int
     metric: str
     unit: str
     value: float

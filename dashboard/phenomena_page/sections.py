@@ -88,7 +88,8 @@ def chain(run: Run, has: Recorded) -> Any:
                 "under every random cut and the interval agrees.",
             ),
             panel("chain", "phenomena_chain", [run], given={"uncut": True}, height=560),
-        ]
+        ],
+        className="section",
     )
 
 

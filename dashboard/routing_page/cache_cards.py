@@ -29,7 +29,7 @@ _PREDICTORS = {"token": "the token's id", "previous_layer": "the layer before", 
 
 def span(known: list[Router]) -> Range:
     """From one slot to all experts of the largest layer; 2k where the address says nothing."""
-    most, width = max(r.experts for r in known), max(r.top_k for r in known)
+    most, width = max(r.real for r in known), max(r.top_k for r in known)
     ends = sorted({1, width, 2 * width, most // 2, most} & set(range(1, most + 1)))
     marks = [value for i, value in enumerate(ends) if i == 0 or value - ends[i - 1] > most / 24]
     return Range(1, most, 1, min(2 * width, most), tuple((value, str(value)) for value in marks))
@@ -55,7 +55,7 @@ def cache(result: Result, run: Run, state: ViewState, known: list[Router]) -> Ca
     return {
         "choice": ("policy", "lru"),
         "at": at,
-        "words": {str(s): f"{s} of {max(r.experts for r in known)} experts of a layer" for s in sizes},
+        "words": {str(s): f"{s} of {max(r.real for r in known)} experts of a layer" for s in sizes},
         "marks": {str(s): [("x", float(s))] for s in sizes},
     }
 
@@ -78,7 +78,7 @@ def prefetch(result: Result, run: Run, state: ViewState, known: list[Router]) ->
     return {
         "choice": ("predictor", "token" if "token" in at else next(iter(at), "")),
         "at": at,
-        "words": {str(s): f"{s} of {max(r.experts for r in known)} experts of a layer" for s in sizes},
+        "words": {str(s): f"{s} of {max(r.real for r in known)} experts of a layer" for s in sizes},
         "marks": {str(s): [("x", float(s))] for s in sizes},
     }
 
@@ -97,7 +97,7 @@ def _cache_cards(
     value = float(row["value"])
     moved = float(row["transfers"])
     each: Any = held * moved if held else row.get("bytes")
-    slots = sum(min(at, router.experts) for router in known)
+    slots = sum(min(at, router.real) for router in known)
     one = held or (each / moved if moved and not numbers.absent(each) else None)
     realisable = "" if row["realisable"] else "too small to be real"
     cards: list[Card] = [
@@ -126,7 +126,7 @@ def _cache_cards(
         {
             "label": "Held on the device",
             "value": size(slots * one) if one else numbers.count(slots),
-            "detail": f"{numbers.count(slots)} of {numbers.count(sum(r.experts for r in known))} experts",
+            "detail": f"{numbers.count(slots)} of {numbers.count(sum(r.real for r in known))} experts",
         },
     ]
     place = worst.get(at)
@@ -204,7 +204,7 @@ def _columns(frame: pd.DataFrame, *names: str) -> tuple[list[Any], ...]:
 
 
 def _experts(known: list[Router]) -> int:
-    return max(router.experts for router in known)
+    return max(router.real for router in known)
 
 
 def _expert_bytes(state: ViewState) -> float | None:

@@ -100,7 +100,7 @@ def _cards(part: pd.DataFrame, links: dict[tuple[int, str], tuple[str, str]]) ->
         last, first = tenths.iloc[-1], tenths.iloc[0]
         cards.append(
             {
-                "label": "In the last tenth of a batch",
+                "label": "Last tenth of a batch",
                 "value": percent(last["value"]),
                 "detail": f"first tenth: {percent(first['value'])}",
             }

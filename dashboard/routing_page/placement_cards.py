@@ -37,7 +37,7 @@ def given(known: list[Router]) -> dict[str, Any]:
 
 def copy_span(known: list[Router]) -> Range:
     """0, 1, 2, 4, … up to half of the smallest layer's experts."""
-    most = min(router.experts for router in known) // 2
+    most = min(router.real for router in known) // 2
     steps = steps_of(most)
     return Range(
         0, len(steps) - 1, 1, 0, tuple((float(i), str(copies)) for i, copies in enumerate(steps)), steps=tuple(steps)
@@ -71,7 +71,7 @@ def replication(result: Result, run: Run, state: ViewState, known: list[Router])
     frame = result.df()
     means, tails = frame[frame["metric"] == _MEAN], frame[frame["metric"] == _TAIL]
     none = float(means[means["copies"] == 0]["value"].iloc[0])
-    experts = sum(router.experts for router in known)
+    experts = sum(router.real for router in known)
     at = {}
     for number, row in enumerate(means.to_dict("records")):
         tail = tails[tails["copies"] == row["copies"]].iloc[0].to_dict()
@@ -90,7 +90,7 @@ def _placement_cards(
     rows = {row["metric"]: row for row in part.to_dict("records")}
     before = {row["metric"]: row for row in usual.to_dict("records")}
     cards: list[Card] = []
-    for metric, label in ((_MEAN, "Busiest ÷ mean device"), (_TAIL, "In the slowest 1 % of batches")):
+    for metric, label in ((_MEAN, "Busiest ÷ mean device"), (_TAIL, "Slowest 1 % of batches")):
         row = rows.get(metric)
         if row is None:
             cards.append({"label": label, "value": numbers.MISSING, "detail": "no batch"})
@@ -112,7 +112,7 @@ def _placement_cards(
             {
                 "label": "Time waited",
                 "value": numbers.share(1 - 1 / mean["value"], 1.0),
-                "detail": "of the other devices' time, if work is all there is",
+                "detail": "of all devices' time, the busiest included, if work is all there is",
             }
         )
     crossed = rows.get("crossings a token")
@@ -135,7 +135,7 @@ def _placement_cards(
             "label": "Sent across devices",
             "value": size(crossed["value"] * hidden) if hidden else numbers.MISSING,
             "detail": (f"a token, {size(hidden)} a crossing · " if hidden else "width not recorded · ")
-            + f"{numbers.ratio(crossed['value'] / usual_crossed if usual_crossed else None)} of in order of ids",
+            + f"{numbers.ratio(crossed['value'] / usual_crossed if usual_crossed else None)} that in order of ids",
         }
     )
     return cards
@@ -151,7 +151,7 @@ def _copy_cards(row: dict[str, Any], tail: dict[str, Any], none: float, experts:
         },
         {"label": "Random experts copied", "value": f"{row['null']:.2f}×", "detail": f"no copies: {none:.2f}×"},
         {
-            "label": "In the slowest 1 % of batches",
+            "label": "Slowest 1 % of batches",
             "value": f"{tail['value']:.2f}×",
             "detail": f"random copies: {tail['null']:.2f}×",
         },
@@ -165,7 +165,7 @@ def _copy_cards(row: dict[str, Any], tail: dict[str, Any], none: float, experts:
 
 def _most(known: list[Router]) -> int:
     """The largest power of two of devices."""
-    return max(1, min(6, min(router.experts for router in known).bit_length() - 1))
+    return max(1, min(6, min(router.real for router in known).bit_length() - 1))
 
 
 def _hidden_bytes(run: Run) -> float | None:

@@ -165,7 +165,7 @@ TABS: tuple[Tab, ...] = (
     Tab(
         "paths",
         "Paths",
-        "Which ways do tokens take through the layers, by their first choices? The null are independent layers of the same "
+        "Which ways do tokens take through the layers, by their first choices? The null is independent layers of the same "
         "loads, p(i) p(j), or each router's decisions shuffled over tokens.",
         (
             Control("first_layer", "From layer", "layer", default="", hint="first"),

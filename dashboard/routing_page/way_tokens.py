@@ -96,7 +96,7 @@ def way_card(run: Run, text: str) -> tuple[str, Any]:
                 "Tokens", numbers.count(found), f"{numbers.share(found, whole)} of {numbers.count(whole)}"
             ),
             dmc.Group([dmc.Text("All tokens of", className="muted"), *steps], gap=8),
-            _kinds(kinds, reader, here, found),
+            _kinds(kinds, reader, here, found, last.expert_name(expert)),
             _tokens(first, reader, here, found),
         ],
         className="way-list",
@@ -105,7 +105,8 @@ def way_card(run: Run, text: str) -> tuple[str, Any]:
 
 def path_table(result: Result, run: Run) -> Any:
     """The commonest paths of an answer, each a link to its tokens."""
-    known = sorted(routers(run), key=lambda router: (router.layer, router.block))
+    known = routers(run)
+    chain = sorted(known, key=lambda router: (router.layer, router.block))  # as the analysis goes through the layers
     state = ViewState(run=run.name).with_rest(tab="paths")
     length = result.parameters.get("length")
     if length:
@@ -114,9 +115,9 @@ def path_table(result: Result, run: Run) -> Any:
     for row in result.table.to_pylist():
         if not row.get("path"):
             continue
-        start = next((i for i, r in enumerate(known) if (r.layer, r.block) == (row["layer"], row["block"])), None)
+        start = next((i for i, r in enumerate(chain) if (r.layer, r.block) == (row["layer"], row["block"])), None)
         experts = [int(name.strip()[1:]) for name in row["path"].split("→")]
-        taken = list(zip(known[start:], experts, strict=False)) if start is not None else []
+        taken = list(zip(chain[start:], experts, strict=False)) if start is not None else []
         way = "-".join(f"{layer_of(router, known)}:{expert}" for router, expert in taken)
         short = len(taken) == len(experts) <= MOST_STEPS
         rows.append(
@@ -166,21 +167,23 @@ def _matching(way: Way) -> tuple[str, dict[str, Any]]:
     return f"SELECT r0.token FROM routing r0{joins}\nWHERE r0.run_id = $run AND {conditions}", parameters  # noqa: S608  values are bound
 
 
-def _kinds(rows: list[tuple[int, int]], reader: PieceReader, here: ViewState, found: int) -> Any:
+def _kinds(rows: list[tuple[int, int]], reader: PieceReader, here: ViewState, found: int, last: str) -> Any:
     body = [
         dmc.TableTr(
             [
                 dmc.TableTd(html.Span(reader.alone(token_id), className="piece foreign")),
+                dmc.TableTd(numbers.count(n), className="number"),
+                dmc.TableTd(numbers.share(n, found), className="number soft"),
                 dmc.TableTd(
-                    dmc.Anchor(numbers.count(n), href=link("/tokens", here.but(piece=token_id)), size="sm"),
+                    dmc.Anchor(f"all of {last}", href=link("/tokens", here.but(piece=token_id)), size="sm"),
                     className="number",
                 ),
-                dmc.TableTd(numbers.share(n, found), className="number soft"),
             ]
         )
         for token_id, n in rows
     ]
-    return cards.section("Which tokens", _table(["token", "n", "share"], body))
+    note = f"n: on the whole way; all of {last}: every token of the kind that chooses it, on this way or another."
+    return cards.section("Which tokens", _table(["token", "n", "share", ""], body), note=note)
 
 
 def _tokens(rows: list[tuple[int, int, int, int]], reader: PieceReader, here: ViewState, found: int) -> Any:

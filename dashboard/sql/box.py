@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import duckdb
+import pyarrow as pa
 
 from moescope.core.errors import InputError
 from moescope.dashboard.sql.memory_bound import bounded_memory, half_of_the_rest
@@ -56,6 +57,11 @@ class _Running:
     over: threading.Event = field(default_factory=threading.Event)
     answer: Any = None
     failure: BaseException | None = None
+
+    @property
+    def stopped(self) -> bool:
+        """Whether it was told to stop."""
+        return self.cancelled or self.late
 
     def wait(self) -> None:
         """Until it is over, or has been told to stop and does not."""
@@ -108,9 +114,14 @@ class SqlBox:
     def with_cursor(self, work: Callable[[duckdb.DuckDBPyConnection], T], *, who: str, seconds: float) -> T:
         """Do something that only reads, on a thread of its own, and wait for it no longer than it may take."""
         running = self._begin(who, seconds)
-        with bounded_memory(half_of_the_rest() if self._busy() else self.limits.growth):
+        try:
             threading.Thread(target=self._work, args=(running, work), name="moescope-sql", daemon=True).start()
-            running.wait()
+        except RuntimeError as refused:
+            self._end(running)
+            raise InputError(
+                "the query could not be started", found=str(refused), fix="wait a moment, and run it again"
+            ) from refused
+        running.wait()
         if running.failure is not None and running.over.is_set():
             raise self._refusal(running, running.failure) from running.failure
         if not running.over.is_set():
@@ -142,6 +153,14 @@ class SqlBox:
         return running
 
     def _work(self, running: _Running, work: Callable[[duckdb.DuckDBPyConnection], Any]) -> None:
+        # Here, not where it is waited for: what would not stop is held until it ends.
+        try:
+            with bounded_memory(half_of_the_rest() if self._busy() else self.limits.growth):
+                self._do(running, work)
+        finally:
+            running.over.set()
+
+    def _do(self, running: _Running, work: Callable[[duckdb.DuckDBPyConnection], Any]) -> None:
         cursor = running.cursor
         try:
             if not is_locked(cursor):
@@ -158,11 +177,13 @@ class SqlBox:
         finally:
             with suppress(duckdb.Error):
                 cursor.execute("ROLLBACK")
-            with suppress(duckdb.Error):
-                cursor.close()
-            with self._lock:
-                self._running.remove(running)
-            running.over.set()
+            self._end(running)
+
+    def _end(self, running: _Running) -> None:
+        with suppress(duckdb.Error):
+            running.cursor.close()
+        with self._lock:
+            self._running.remove(running)
 
     def _rows(self, cursor: duckdb.DuckDBPyConnection, query: OneSelect, values: Mapping[str, Any]) -> Outcome:
         begun = time.perf_counter()
@@ -186,10 +207,11 @@ class SqlBox:
     def _refusal(self, running: _Running, failure: BaseException) -> InputError:
         if isinstance(failure, InputError):
             return failure
-        if isinstance(failure, duckdb.InterruptException):
-            if running.late:
-                return _too_slow(running.seconds, None)
-            return InputError("the query was cancelled")
+        # A query that is stopped while its rows are handed over in batches ends in an error of these.
+        if isinstance(failure, duckdb.InterruptException) or (
+            running.stopped and isinstance(failure, pa.ArrowException)
+        ):
+            return _too_slow(running.seconds, None) if running.late else InputError("the query was cancelled")
         if isinstance(failure, (duckdb.OutOfMemoryException, MemoryError)):
             return InputError(
                 "the query needs more memory than it may take",
@@ -200,7 +222,17 @@ class SqlBox:
             return InputError("the query reaches for something outside the store", found=str(failure))
         if isinstance(failure, duckdb.Error):
             return InputError("the query failed", found=own_lines(str(failure)))
-        raise failure
+        return _unusual(failure)
+
+
+def _unusual(failure: BaseException) -> InputError:
+    """What parameters and types bring about that one side knows and the other does not."""
+    if isinstance(failure, pa.ArrowException):
+        fix = "cast the column to VARCHAR"
+        return InputError("the result cannot be written in this form", found=str(failure), fix=fix)
+    if isinstance(failure, (RecursionError, TypeError, ValueError, OverflowError)):
+        return InputError("the query, or a value of its parameters, cannot be read", found=str(failure))
+    raise failure
 
 
 def columns_of(cursor: duckdb.DuckDBPyConnection, query: OneSelect, values: Mapping[str, Any]) -> tuple[Column, ...]:

@@ -11,6 +11,9 @@ from moescope.dashboard.figure_look import GRAPH, dressed
 from moescope.dashboard.sql.chart import Choice, chart_of
 from moescope.dashboard.sql.outcome import Outcome
 
+# The tool bar may save the picture here: no panel's buttons stand below.
+_CONFIG: Any = {**GRAPH, "modeBarButtonsToRemove": [b for b in GRAPH["modeBarButtonsToRemove"] if b != "toImage"]}
+
 
 def drawn(outcome: Outcome, choice: Choice, *, sql: str) -> Any:
     """Heading and graph; raises `InputError` for what cannot be drawn."""
@@ -25,10 +28,7 @@ def drawn(outcome: Outcome, choice: Choice, *, sql: str) -> Any:
                 figure=figure,
                 responsive=True,
                 style={"height": figure.layout.height},
-                config={
-                    **GRAPH,
-                    "modeBarButtonsToRemove": [b for b in GRAPH["modeBarButtonsToRemove"] if b != "toImage"],
-                },
+                config=_CONFIG,
             ),
         ],
         gap=2,

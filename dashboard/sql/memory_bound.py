@@ -5,33 +5,61 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 
-_LOCK = threading.Lock()
-_INSIDE = 0
-_BEFORE: list[tuple[int, int]] = []
 _PAGES = Path("/proc/self/statm")
+
+
+@dataclass
+class _Bound:
+    """The bound of this process, of which there is one."""
+
+    lock: threading.Lock = field(default_factory=threading.Lock)
+    inside: int = 0
+    lifted: int = 0
+    more: int = 0
+    before: list[tuple[int, int]] = field(default_factory=list)
+
+
+_BOUND = _Bound()
 
 
 @contextmanager
 def bounded_memory(more: int) -> Iterator[None]:
     """Let the process grow by at most `more` bytes inside; what asks for more is told that there is none.
 
-    DuckDB answers that with an error of the query. The bound holds for the whole process, so it is wide and short; where the
-    system has no such bound (only Linux does), DuckDB's own account is all there is.
+    DuckDB answers that with an error of the query. The bound holds for the whole process, so it is wide, and `lifted` while
+    others work; where the system has no such bound (only Linux does), DuckDB's own account is all there is.
     """
-    global _INSIDE  # noqa: PLW0603  the bound is one of the process
-    with _LOCK:
-        if _INSIDE == 0:
-            _set(more)
-        _INSIDE += 1
+    with _BOUND.lock:
+        _BOUND.inside += 1
+        if _BOUND.inside == 1:
+            _BOUND.more = more
+            if not _BOUND.lifted:
+                _set(more)
     try:
         yield
     finally:
-        with _LOCK:
-            _INSIDE -= 1
-            if _INSIDE == 0:
+        with _BOUND.lock:
+            _BOUND.inside -= 1
+            if _BOUND.inside == 0:
                 _restore()
+
+
+@contextmanager
+def lifted() -> Iterator[None]:
+    """No bound inside, for work that needs memory of its own while a query runs; the query is bound again afterwards."""
+    with _BOUND.lock:
+        _BOUND.lifted += 1
+        _restore()
+    try:
+        yield
+    finally:
+        with _BOUND.lock:
+            _BOUND.lifted -= 1
+            if _BOUND.lifted == 0 and _BOUND.inside:
+                _set(_BOUND.more)
 
 
 def half_of_the_rest() -> int:
@@ -54,11 +82,11 @@ def _set(more: int) -> None:
         resource.setrlimit(resource.RLIMIT_DATA, (soft, before[1]))
     except (ImportError, OSError, ValueError):  # another system
         return
-    _BEFORE.append(before)
+    _BOUND.before.append(before)
 
 
 def _restore() -> None:
-    if _BEFORE:
+    if _BOUND.before:
         import resource
 
-        resource.setrlimit(resource.RLIMIT_DATA, _BEFORE.pop())
+        resource.setrlimit(resource.RLIMIT_DATA, _BOUND.before.pop())

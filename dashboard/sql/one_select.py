@@ -65,6 +65,8 @@ def one_select(text: str) -> OneSelect:
         raise InputError("the query is too long", expected=f"at most {LONGEST:,} characters", found=f"{len(text):,}")
     if "\0" in text:
         raise InputError("the query has a NUL character in it", fix="remove it")
+    if not written_in_full(text):
+        raise InputError("the query has half a character in it", fix="write it anew")
     statement = _only(_statements(text))
     tree = _tree(text)
     for node in _dicts(tree):
@@ -80,10 +82,23 @@ def one_select(text: str) -> OneSelect:
     return OneSelect(_unended(text, tree), names)
 
 
+def written_in_full(text: str) -> bool:
+    """Whether a text is one that can be handed on; half of a pair of surrogates is none."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def _unended(text: str, tree: Any) -> str:
     """The query without the semicolons that end it, so that it can stand inside another; places in it stay the same."""
     shorter = _QUOTED_OR_END.sub(lambda found: " " if found[0] == ";" else found[0], text)
-    return shorter if shorter == text or _tree(shorter) == tree else text
+    try:
+        same = shorter == text or bool(_tree(shorter) == tree)
+    except RecursionError:
+        raise _too_deep() from None
+    return shorter if same else text
 
 
 def _statements(text: str) -> list[duckdb.Statement]:
@@ -122,10 +137,17 @@ def _tree(text: str) -> Any:
     """The query as its parser sees it."""
     cursor = _parser()
     (found,) = cursor.execute("SELECT json_serialize_sql($text::VARCHAR)", {"text": text}).fetchall()[0]
-    tree = json.loads(found)
+    try:
+        tree = json.loads(found)
+    except RecursionError:
+        raise _too_deep() from None
     if tree.get("error"):
         raise InputError("the query cannot be read", found=str(tree.get("error_message")))
     return tree
+
+
+def _too_deep() -> InputError:
+    return InputError("the query is nested too deeply", fix="split it with WITH")
 
 
 def _check(node: dict[str, Any]) -> None:

@@ -34,7 +34,7 @@ def schema_of(store: Store) -> list[dict[str, Any]]:
     ):
         if name in found:
             found[name]["columns"].append([column, kind, meaning or ""])
-    known = {entry.name for entry in (*TABLES, *VIEWS)}
+    known = {table.name for table in TABLES} | {view.name for view in VIEWS}
     groups = {
         "Views: stored queries, the easiest start": [view.name for view in VIEWS],
         "Tables": [table.name for table in TABLES if table.name not in _INNER],

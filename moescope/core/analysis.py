@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, Protocol, get_args, get_origin
 
-from moescope.core.errors import IncompleteError, InputError
+from moescope.core.errors import IncompleteError, InputError, NotRecordedError
 from moescope.core.registry import Registry
 from moescope.core.result import Result
 
@@ -180,7 +180,7 @@ class Analysis:
 
     def _check(self, run: AnalysableRun, allow_incomplete: bool) -> None:
         if missing := self.missing(run):
-            raise InputError(
+            raise NotRecordedError(
                 f"{self.name} needs records that run {run.name!r} does not have",
                 expected=f"rows in {', '.join(missing)}",
                 fix=_how_to_get(missing),

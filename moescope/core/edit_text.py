@@ -13,7 +13,8 @@ from moescope.core.edit import Edit, edits
 from moescope.core.edit_values import field_types
 from moescope.core.errors import InputError
 
-_RANGE = re.compile(r"(\d+)-(\d+)")
+_RANGE = re.compile(r"(\d{1,9})-(\d{1,9})")
+_MOST = 100_000  # numbers of one field; a range is written out
 _WORDS = {"none": None, "true": True, "false": False}
 
 
@@ -116,7 +117,11 @@ def _value(text: str, hint: Any) -> Any:
         return text
     if text.lower() in _WORDS:
         return _WORDS[text.lower()]
-    found = [number for part in text.removesuffix(",").split(",") for number in _numbers(part)]
+    found: list[Any] = []
+    for part in text.removesuffix(",").split(","):
+        if (span := _RANGE.fullmatch(part)) and len(found) + int(span[2]) - int(span[1]) + 1 >= _MOST:
+            raise InputError("a range of an edit is too long", expected=f"fewer than {_MOST:,} numbers", found=part)
+        found += _numbers(part)
     return found if "," in text or len(found) != 1 or _only_tuple(hint) else found[0]
 
 

@@ -39,6 +39,10 @@ class InputError(MoescopeError):
     exit_code = 2
 
 
+class NotRecordedError(InputError):
+    """A question needs records that the run does not have; another recording could have them."""
+
+
 class StoreError(InputError):
     """A store cannot be opened, read or written as asked."""
 

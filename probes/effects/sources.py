@@ -8,11 +8,12 @@ from typing import Any
 from moescope.core.edit_kinds.features import FeatureEdit
 from moescope.core.errors import InputError
 from moescope.core.intervention import Intervention
+from moescope.store.run import Run
 from moescope.store.store import Store
 
 
 def sources_of(intervention: Intervention, store: Store, given: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """Name → run, for every edit that names one (SetRouting, Patch), beside what was given (autoencoders).
+    """Name → run, for every edit that names one (SetRouting, Patch), beside what was given: autoencoders, and runs of other stores.
 
     Raises:
         InputError: the store has no run of such a name, or a run and an autoencoder share one.
@@ -23,7 +24,8 @@ def sources_of(intervention: Intervention, store: Store, given: Mapping[str, Any
         raise InputError(
             f"{both[0]!r} is named as a run and as an autoencoder", fix="give one of them another name in the store"
         )
-    return dict(given or {}) | {name: store.run(name) for name in names}
+    given = given or {}
+    return {**given, **{name: own if isinstance(own := given.get(name), Run) else store.run(name) for name in names}}
 
 
 def autoencoder_names(interventions: Iterable[Intervention]) -> list[str]:

@@ -16,7 +16,7 @@ from moescope.core.errors import InputError
 from moescope.core.figures import CHANCE, SERIES, heatmap, plain
 from moescope.core.result import Result
 from moescope.core.statistics import document_weights
-from moescope.routing.comparison.paired_sequences import paired_sequences
+from moescope.routing.comparison.paired_sequences import GENERATED_LEFT_OUT, generated, paired_sequences
 from moescope.routing.comparison.sequence_sums import UNITS, load_variation, sequence_sums
 from moescope.routing.grid import layer_name
 from moescope.store.run import Run
@@ -26,6 +26,11 @@ _BUNDLES = 2000
 _KEY = ["metric", "layer", "block"]
 ROUNDING = 1e-6
 """Relative differences below it come from the order in which float32 numbers were added."""
+
+
+def moved(value: Any, relative: Any) -> Any:
+    """Whether a difference is more than rounding; one without a relative difference (from a value of 0) is, unless it is 0."""
+    return np.logical_and(np.not_equal(value, 0), np.logical_not(np.abs(relative) <= ROUNDING))
 
 
 @dataclass(frozen=True)
@@ -54,7 +59,7 @@ def compare_measures(
     difference is the other run's mean less the first run's. Where the runs share sequences (equal token ids), both means are
     taken over these alone and the difference is paired: a resample draws the same documents for both. Where they share none,
     each run's documents are drawn by themselves, and the interval says less. The coefficient of variation of expert loads is
-    told over each whole run, without an interval.
+    told over all texts of each run, without an interval. Generated tokens are left out: runs share what was given to them.
 
     Args:
         by: one number for the model, layers pooled, or one a layer.
@@ -72,15 +77,13 @@ def compare_measures(
     pairs = paired_sequences(run, other)
     read = [sequence_sums(one) for one in (run, other)]
     found = " in the first, ".join(_listed(one) for one in read) + " in the second"
-    sums = [_prepared(one, by) for one in _in_both(read)]
+    sums, left_out = _in_both(read), 0
     if len(pairs):
-        sums = [
-            sums[0][sums[0]["sequence_id"].isin(pairs["sequence_id"])],
-            sums[1][sums[1]["sequence_id"].isin(pairs["other_id"])],
-        ]
+        sums, left_out = _paired(sums, pairs)
         units = [dict(zip(pairs[column], pairs["document_id"], strict=True)) for column in ("sequence_id", "other_id")]
     else:
         units = [_documents(one) for one in (run, other)]
+    sums = [_prepared(one, by) for one in sums]
     cells = _common(sums)
     loads = _loads(run, other, by)
     if cells.empty and loads.empty:
@@ -107,7 +110,7 @@ def compare_measures(
         + ("the same documents drawn for both" if len(pairs) else "each run's own drawn by themselves: unpaired"),
         null="no difference: 0",
         computation="ratios of sums by sequence, sequences paired by their token ids",
-        notes=_notes(run, other, pairs),
+        notes=(*_notes(run, other, pairs, left_out), *_without_percent(frame, run, by)),
     )
 
 
@@ -115,6 +118,19 @@ def _in_both(sums: list[pd.DataFrame]) -> list[pd.DataFrame]:
     """The rows of measures, layers and blocks that both runs have, so that layers pooled are the same layers."""
     cells = _common(sums)
     return [frame.merge(cells, on=_KEY) for frame in sums]
+
+
+def _paired(sums: list[pd.DataFrame], pairs: pd.DataFrame) -> tuple[list[pd.DataFrame], int]:
+    """The sums that both runs have of a shared sequence, and how many cells of sequence × measure only one has as a number."""
+    partner = dict(zip(pairs["other_id"], pairs["sequence_id"], strict=True))
+    keyed = [
+        sums[0][sums[0]["sequence_id"].isin(pairs["sequence_id"])].assign(pair=lambda f: f["sequence_id"]),
+        sums[1][sums[1]["sequence_id"].isin(pairs["other_id"])].assign(pair=lambda f: f["sequence_id"].map(partner)),
+    ]
+    key = [*_KEY, "pair"]
+    both = keyed[0][key].merge(keyed[1][key], on=key)
+    left_out = sum(len(frame) for frame in keyed) - 2 * len(both)
+    return [frame.merge(both, on=key).drop(columns="pair") for frame in keyed], left_out
 
 
 def _prepared(frame: pd.DataFrame, by: str) -> pd.DataFrame:
@@ -229,7 +245,7 @@ def _ordered(frame: pd.DataFrame, by: str) -> pd.DataFrame:
     return (frame if by == "layer" else frame.drop(columns=["layer", "block"])).reset_index(drop=True)
 
 
-def _notes(run: Run, other: Run, pairs: pd.DataFrame) -> tuple[str, ...]:
+def _notes(run: Run, other: Run, pairs: pd.DataFrame, left_out: int) -> tuple[str, ...]:
     notes = []
     totals = [r.store.fetch("SELECT count(*) FROM sequences WHERE run_id = ?", [r.run_id])[0][0] for r in (run, other)]
     if not len(pairs):
@@ -238,20 +254,33 @@ def _notes(run: Run, other: Run, pairs: pd.DataFrame) -> tuple[str, ...]:
         notes.append(
             f"{len(pairs):,} sequences are in both runs, of {totals[0]:,} in the first and {totals[1]:,} in the second."
         )
+    if left_out:
+        cells = "1 cell" if left_out == 1 else f"{left_out:,} cells"
+        notes.append(f"Left out: {cells} of sequence × measure where only one of the runs has a number.")
+    if generated(run, other):
+        notes.append(GENERATED_LEFT_OUT)
     return tuple(notes)
+
+
+def _without_percent(frame: pd.DataFrame, run: Run, by: str) -> tuple[str, ...]:
+    """What the figure of the model cannot show in percent."""
+    nothing = list(frame.loc[frame["value_a"] == 0, "metric"]) if by == "model" else []
+    if not nothing:
+        return ()
+    return (f"0 in {run.name}, so without a percent of it and not in the figure: {', '.join(nothing)}.",)
 
 
 def _title(frame: pd.DataFrame, run: Run, other: Run, by: str) -> str:
     names = f"{run.name} → {other.name}"
     judged = frame[frame["ci_low"].notna()]
-    apart = ((judged["ci_low"] > 0) | (judged["ci_high"] < 0)) & (judged["relative"].abs() > ROUNDING)
+    apart = ((judged["ci_low"] > 0) | (judged["ci_high"] < 0)) & moved(judged["value"], judged["relative"])
     outside = judged[apart]
     what = "measures" if by == "model" else "numbers by layer"
     many = f"{len(outside)} of {len(judged)} {what} differ beyond their interval"
     if judged.empty:
         return f"{names}: {len(frame)} {what}, none with an interval"
     if by == "layer":
-        if outside.empty:
+        if outside["relative"].isna().all():
             return f"{names}: {many}"
         most = outside.loc[outside["relative"].abs().idxmax()]
         where = layer_name(int(most["layer"]), "mlp" if most["block"] in ("mlp", "residual") else str(most["block"]))
@@ -271,11 +300,15 @@ def _signed(number: float, form: str) -> str:
 
 
 def _draw_model(result: Result) -> go.Figure:
-    """Relative differences with their intervals, the measures below one another; those without one only where none has one."""
+    """Relative differences with their intervals, the measures below one another; those without one only where none has one.
+
+    A measure that is 0 in the first run has no percent; a note says so.
+    """
     frame = result.df()
     if frame["ci_low"].notna().any():
         frame = frame[frame["ci_low"].notna()]
-    scale = 100 / frame["value_a"].abs().where(frame["value_a"] != 0).to_numpy()
+    frame = frame[frame["value_a"] != 0]
+    scale = 100 / frame["value_a"].abs().to_numpy()
     value = frame["value"].to_numpy() * scale
     low, high = frame["ci_low"].to_numpy() * scale, frame["ci_high"].to_numpy() * scale
     bars = {"type": "data", "symmetric": False, "array": high - value, "arrayminus": value - low, "thickness": 1}
@@ -315,7 +348,7 @@ def _draw_layers(result: Result) -> go.Figure:
         for metric, block in zip(frame["metric"], frame["block"], strict=True)
     ]
     half = ((frame["ci_high"] - frame["ci_low"]) / 2).to_numpy()
-    value = frame["value"].where(frame["relative"].abs() > ROUNDING, 0.0).to_numpy()
+    value = frame["value"].where(moved(frame["value"], frame["relative"]), 0.0).to_numpy()
     frame["apart"] = np.divide(value, half, out=np.where(value == 0, 0.0, np.nan), where=half > 0)
     rows, layers = list(dict.fromkeys(frame["row"])), sorted(frame["layer"].unique())
     at = frame["row"].map(rows.index).to_numpy(), frame["layer"].map(layers.index).to_numpy()

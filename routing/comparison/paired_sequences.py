@@ -28,6 +28,10 @@ SAME_SEQUENCES = """
 """Two tables for a WITH clause: `same_sequences` pairs sequences of equal token ids, the first with the first where a text
 is there twice; where a run has no ids stored, equal numbers in the same corpus. Binds `pair_parameters`."""
 
+GENERATED_LEFT_OUT = "Generated tokens are left out."
+"""Said where a run of a comparison has some: what pairs sequences is of the texts that were given alone."""
+
+_GENERATED = "SELECT 1 FROM tokens WHERE run_id IN ($run, $other) AND phase != 'prefill' LIMIT 1"
 _PAIRS = "\n".join(("WITH", SAME_SEQUENCES, "SELECT * FROM same_sequences ORDER BY sequence_id"))
 
 
@@ -35,6 +39,11 @@ def pair_parameters(run: Run, other: Run) -> dict[str, object]:
     """What `SAME_SEQUENCES` binds."""
     first, second = run.info["corpus_fingerprint"], other.info["corpus_fingerprint"]
     return {"run": run.run_id, "other": other.run_id, "same": first is not None and first == second}
+
+
+def generated(run: Run, other: Run) -> bool:
+    """Whether one of two runs has generated tokens."""
+    return bool(run.store.fetch(_GENERATED, {"run": run.run_id, "other": other.run_id}))
 
 
 def paired_sequences(run: Run, other: Run) -> pd.DataFrame:

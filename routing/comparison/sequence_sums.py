@@ -20,12 +20,16 @@ UNITS = {
 """Every measure and its unit, in the order they are told."""
 
 _SUMS = """
-    WITH said AS (
+    WITH read AS (
+        SELECT *
+        FROM tokens
+        WHERE run_id = $run AND coalesce(phase, 'prefill') = 'prefill'
+    ),
+    said AS (
         SELECT
             sequence_id, position, token_id, nll,
             lag(predicted_id) OVER (PARTITION BY sequence_id ORDER BY position) AS predicted
-        FROM tokens
-        WHERE run_id = $run
+        FROM read
     ),
     routed AS (
         SELECT
@@ -34,7 +38,7 @@ _SUMS = """
             sum(r.margin::DOUBLE) AS margin, count(r.margin) AS margins,
             sum(r.weights[1]::DOUBLE) AS weight, count(r.weights[1]) AS weights
         FROM routing r
-        JOIN tokens t ON t.run_id = r.run_id AND t.token = r.token
+        JOIN read t ON t.token = r.token
         WHERE r.run_id = $run
         GROUP BY r.layer, r.block, t.sequence_id
     )
@@ -58,13 +62,13 @@ _SUMS = """
         UNION ALL
         SELECT 'expert output norm', o.layer, o.block, t.sequence_id, sum(list_sum(o.norms)::DOUBLE), sum(len(o.norms))::DOUBLE
         FROM expert_outputs o
-        JOIN tokens t ON t.run_id = o.run_id AND t.token = o.token
+        JOIN read t ON t.token = o.token
         WHERE o.run_id = $run
         GROUP BY o.layer, o.block, t.sequence_id
         UNION ALL
         SELECT 'residual norm', r.layer, 'residual', t.sequence_id, sum(r.norm::DOUBLE), count(*)::DOUBLE
         FROM residual r
-        JOIN tokens t ON t.run_id = r.run_id AND t.token = r.token
+        JOIN read t ON t.token = r.token
         WHERE r.run_id = $run AND isfinite(r.norm)
         GROUP BY r.layer, t.sequence_id
         UNION ALL
@@ -84,7 +88,7 @@ _LOADS = """
     FROM (
         SELECT layer, block, expert, sum(tokens)::DOUBLE AS tokens
         FROM loads
-        WHERE run_id = $run AND expert >= 0
+        WHERE run_id = $run AND expert >= 0 AND coalesce(phase, 'prefill') = 'prefill'
         GROUP BY layer, block, expert
     ) d
     JOIN (
@@ -99,7 +103,10 @@ _LOADS = """
 
 
 def sequence_sums(run: Run) -> pd.DataFrame:
-    """metric, layer, block, sequence_id, total, n: the mean of a measure is Σ total ÷ Σ n; layer −1 is the whole model."""
+    """metric, layer, block, sequence_id, total, n: the mean of a measure is Σ total ÷ Σ n; layer −1 is the whole model.
+
+    Generated tokens are left out: sequences are paired by what was given to the model.
+    """
     frame = run.sql(_SUMS).df()
     frame["layer"] = frame["layer"].astype(float).fillna(-1).astype(int)
     frame["block"] = frame["block"].astype(object).where(frame["block"].notna(), "")
@@ -107,5 +114,5 @@ def sequence_sums(run: Run) -> pd.DataFrame:
 
 
 def load_variation(run: Run) -> pd.DataFrame:
-    """layer, block, value, n: standard deviation of the experts' tokens over their mean, over the whole run."""
+    """layer, block, value, n: standard deviation of the experts' tokens over their mean, over all texts, without generated tokens."""
     return run.sql(_LOADS).df()

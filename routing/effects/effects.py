@@ -95,10 +95,13 @@ def _title(frame: pd.DataFrame, metric: str) -> str:
     row = frame.loc[frame["value"].abs().idxmax()]
     number = with_interval(float(row["value"]), float(row["ci_low"]), float(row["ci_high"]), sign=True)
     what = metric_name(metric).removeprefix("Δ")
-    first = f"{row['intervention']} changes {what} most of {len(frame):,} interventions: {number} {row['unit']}"
+    most = f" most of {len(frame):,} interventions" if len(frame) > 1 else ""
+    first = f"{row['intervention']} changes {what}{most}: {number} {row['unit']}"
     controlled = frame[frame["controls"] > 0]
     if controlled.empty:
-        return f"{first}; none has controls"
+        return f"{first}; {'none has' if len(frame) > 1 else 'it has no'} controls"
     low, high = controlled["control_low"], controlled["control_high"]
     outside = int(np.sum((controlled["value"] > high) | (controlled["value"] < low)))
+    if len(frame) == 1:
+        return f"{first}, {'outside' if outside else 'within'} the range of its controls"
     return f"{first}; {outside:,} of {len(controlled):,} with controls lie outside the range of theirs"

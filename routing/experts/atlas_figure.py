@@ -145,6 +145,7 @@ def _beside(figure: go.Figure, frame: pd.DataFrame, columns: list[str]) -> None:
     layers = frame[frame["layer"].notna() & frame["expert"].isna()]
     profile = frame[frame["layer"].isna()].sort_values("place")
     kind = str(layers["metric"].iloc[0])
+    largest = float(layers["value"].max())
     figure.add_bar(
         x=layers["value"].astype(float),
         y=[layer_name(int(a), str(b)) for a, b in zip(layers["layer"], layers["block"], strict=True)],
@@ -172,7 +173,10 @@ def _beside(figure: go.Figure, frame: pd.DataFrame, columns: list[str]) -> None:
             "domain": [_WIDE + _GAP / 2, 1],
             "anchor": "y",
             "title": "Gini" if "Gini" in kind else "σ",
-            "nticks": 3,
+            # The largest alone: the zero would run into the name of the last expert.
+            "tickvals": [largest],
+            "ticktext": [f"{largest:.2g}"],
+            "tickangle": 0,
         },
         yaxis2={"anchor": "x", "title": "mean", "nticks": 3},
     )

@@ -246,7 +246,7 @@ def _title(frame: pd.DataFrame) -> str:
 def _notes(effects: ChainEffects) -> tuple[str, ...]:
     if not effects.links:
         return ("No link was cut: `moescope phenomena` cuts them.",)
-    notes = [f"{link}: {effects.cut(link)}." for link in effects.links]
+    notes = [f"Cut at the {link}: {effects.cut(link)}." for link in effects.links]
     if effects.controls < 5:
         notes.append(f"Some cut has {effects.controls} controls only: there are no more different ones.")
     return tuple(notes)

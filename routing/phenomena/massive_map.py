@@ -130,9 +130,11 @@ def _title(frame: pd.DataFrame, by: By, judged: bool) -> str:
     if cells.empty:
         return f"{told}; {'none is massive' if judged else 'whether it is massive is not known'}"
     firsts = sorted(cells["first"].unique())
-    names = ", ".join(str(first) for first in firsts[:6]) + (f" and {len(firsts) - 6} more" if len(firsts) > 6 else "")
+    told_as = [_span(int(first)) if by == "position" else str(first) for first in firsts]
+    names = ", ".join(told_as[:6]) + (f" and {len(firsts) - 6} more" if len(firsts) > 6 else "")
     layers = cells["layer"].nunique()
-    where = f"{by}{'s' * (len(firsts) > 1)} {names}, in {layers} layer{'s' * (layers > 1)}"
+    several = len(firsts) > 1 or told_as[0] != str(firsts[0])
+    where = f"{by}{'s' * several} {names}, in {layers} layer{'s' * (layers > 1)}"
     return f"{told}; massive activations stand at {where}"
 
 

@@ -82,3 +82,15 @@ def test_lines_have_one_spelling(given_line: str, written: str) -> None:
 def test_vectors_of_several_experts_have_no_line() -> None:
     with pytest.raises(InputError, match="JSON"):
         write_edit(Ablate(layer=0, experts=[0, 1], how="mean", means=[[0.5, 1.0], [0.0, 2.0]]))
+
+
+@pytest.mark.parametrize("experts", ["0-99999", "0-999999999", "0-50000,60000-110000"])
+def test_a_range_that_would_fill_the_memory_is_refused(experts: str) -> None:
+    with pytest.raises(InputError, match="fewer than 100,000 numbers"):
+        read_edit(f"ablate layer=3 experts={experts}")
+
+
+def test_numbers_of_more_digits_than_a_range_takes_are_never_counted_out() -> None:
+    with pytest.raises(InputError):
+        read_edit("ablate layer=3 experts=0-99999999999")
+    assert len(read_edit("ablate layer=3 experts=0-99998").as_data()["experts"]) == 99_999

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import importlib.util
 import json
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import dash
@@ -142,6 +144,8 @@ def test_partners_and_paths_are_those_of_the_analyses(opened: Any) -> None:
     for row in frame.itertuples():
         assert f"{row.together:,}/{row.n:,}" in shown
         assert numbers.ratio(row.over_chance) in shown
+    both = {text for text, href in links(part(run.store, answers, "partners", ask(run, 0, 0))) if "&pins=" in href}
+    assert both == {"both in the text"}, "the passage shows tokens of either expert: no count of those that choose both"
     frame = analyze(run, "transitions", layer=0).df()
     out = frame[frame["expert"] == 3]
     shown = " ".join(words(part(run.store, answers, "path", ask(run, 0, 3))))
@@ -203,7 +207,10 @@ def test_a_sample_of_a_long_run_is_called_one(opened: Any, monkeypatch: pytest.M
     monkeypatch.setattr(expert_records, "SAMPLE", 21)
     shown = part(run.store, answers, "tokens", ask(run, 0, 0))
     assert "From the first 21 of 168 tokens." in " ".join(words(shown))
-    counted = sum(int(text) for text, _ in links(shown))
+    assert all(text.startswith("≥ ") for text, _ in links(shown)), (
+        "the link shows the whole run, the count a part of it"
+    )
+    counted = sum(int(text.removeprefix("≥ ")) for text, _ in links(shown))
     truth = run.store.fetch("SELECT count(*) FROM routing WHERE layer = 0 AND token < 21 AND list_contains(experts, 0)")
     assert counted == truth[0][0]
 
@@ -298,3 +305,19 @@ def test_the_table_ranks_by_the_measure_and_filters_by_layer(opened: Any, monkey
 def test_the_edit_of_an_expert_can_be_read_back() -> None:
     edit = read_edit(edit_line(Router(3, "attn", 8, 2), 5))
     assert (edit.layers, edit.block, edit.ids) == ((3,), "attn", (5,))
+
+
+def test_latents_lead_to_the_autoencoder_they_are_of(opened: Any) -> None:
+    """The page of features starts with the newest autoencoder, which need not be one that was measured against experts."""
+    run, _, answers = opened
+    path = Path(__file__).parents[1] / "routing" / "planted_feature_experts.py"
+    spec = importlib.util.spec_from_file_location("planted_feature_experts_of_cards", path)
+    assert spec is not None
+    assert spec.loader is not None
+    pairs = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(pairs)
+    pairs.plant_feature_experts(run, layer=1, n_experts=4)
+    found = [href for text, href in links(part(run.store, answers, "latents", ask(run, 1, 1))) if text.startswith("F")]
+    assert found
+    for href in found:
+        assert decode("?" + href.split("?", 1)[1]).sae == "planted writers"

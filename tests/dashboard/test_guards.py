@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 
 from moescope.dashboard.app import create_app
+from moescope.dashboard.guards import allowed_hosts
 from moescope.store.store import Store
 
 HOST = {"Host": "127.0.0.1:8050"}
@@ -110,3 +111,15 @@ def test_a_failure_is_told_in_words_without_a_traceback(client: Any, monkeypatch
     assert "This view could not be made" in told
     assert "ZeroDivisionError: planted" in told
     assert "Traceback" not in told
+
+
+def test_browsers_leave_out_the_port_that_http_has_by_itself() -> None:
+    assert allowed_hosts(80) == {"127.0.0.1", "localhost", "127.0.0.1:80", "localhost:80"}
+    assert allowed_hosts(8050) == {"127.0.0.1:8050", "localhost:8050"}
+
+
+def test_a_page_at_port_80_is_answered_and_may_post(store_of: Callable[..., Store], Plan: Any) -> None:
+    client = create_app(store_of(Plan()), port=80).server.test_client()
+    own = {"Host": "localhost", "Origin": "http://localhost"}
+    assert client.get("/", headers=own).status_code == 200
+    assert client.post("/_dash-update-component", json=CALL, headers=own).status_code == 200

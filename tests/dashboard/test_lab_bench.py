@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,8 +15,9 @@ from moescope.core.edit_text import read_edit
 from moescope.core.errors import InputError
 from moescope.core.intervention import Intervention
 from moescope.dashboard.lab.asking import Asking
-from moescope.dashboard.lab.bench import Bench, RefusedEditError
+from moescope.dashboard.lab.bench import Base, Bench, RefusedEditError
 from moescope.dashboard.lab.lines import strengths
+from moescope.dashboard.lab.measured import _number
 from moescope.dashboard.model_host import ModelHost
 from moescope.store.store import Store
 
@@ -262,3 +265,72 @@ def test_sliders_offer_the_strengths_that_edits_take(host: ModelHost) -> None:
                         check_edit(model, edit)
 
     on(host, request)
+
+
+def test_a_pass_is_that_of_the_very_prompts_it_was_made_of(host: ModelHost, bench: Bench) -> None:
+    def request(model: Any) -> None:
+        edits = made("skip layer=2")
+        first = bench.base(model, PROMPTS)
+        found = bench.edited(model, first, edits)
+        assert bench.edited(model, first, edits) is found
+        assert bench._last is not None
+        assert bench._last[0] is first, "held as long as its pass is: its id cannot become another's"
+        twin = Base(first.batch, first.on_device, first.plain)
+        assert bench.edited(model, twin, edits) is not found
+        bench.close()
+
+    on(host, request)
+
+
+def test_an_autoencoder_trained_anew_under_its_name_takes_the_place_of_the_old_one(
+    store: Store, bench: Bench, host: ModelHost, tmp_path: Path
+) -> None:
+    from sae_lens import TopKSAE, TopKSAEConfig
+
+    from moescope.sae.loading import from_disk
+
+    edits = made("splice layer=2 sae=again site=hook_resid_post")
+
+    def saved(model: Any, scale: float) -> None:
+        width = model.module.config.hidden_size
+        module = TopKSAE(TopKSAEConfig(d_in=width, d_sae=2 * width, k=4))
+        with torch.no_grad():
+            module.W_dec.copy_(scale * torch.cat([torch.eye(width), -torch.eye(width)]))
+            module.W_enc.copy_(torch.cat([torch.eye(width), -torch.eye(width)]).T)
+        module.save_model(tmp_path / f"{scale}")
+        from_disk(tmp_path / f"{scale}", site="blocks.2.hook_resid_post", store=store, name="again", model=model)
+
+    def request(model: Any) -> None:
+        base = bench.base(model, PROMPTS)
+        bench.close()
+        saved(model, 1.0)
+        first = bench.edited(model, base, edits)
+        old = bench.autoencoders(model, edits)["again"]
+        assert bench.autoencoders(model, edits)["again"] is old
+        store.connection.execute("DELETE FROM saes WHERE name = 'again'")
+        saved(model, 2.0)
+        second = bench.edited(model, base, edits)
+        assert bench.autoencoders(model, edits)["again"] is not old
+        assert not torch.equal(first.logits, second.logits)
+        bench.close()
+
+    on(host, request)
+
+
+@pytest.mark.parametrize(
+    ("metric", "value", "told"),
+    [
+        ("flips", 0.005, "0.5 %"),
+        ("flips", -0.004, "−0.4 %"),
+        ("flips", 0.0002, "<0.1 %"),
+        ("flips", -0.0002, ">−0.1 %"),
+        ("flips", 0.0, "0 %"),
+        ("kl", 3e-5, "<0.0001"),
+        ("delta_nll", -3e-5, ">−0.0001"),
+        ("delta_nll", -0.25, "−0.2500"),
+        ("kl", 0.0, "0.0000"),
+        ("kl", float("nan"), "—"),
+    ],
+)
+def test_a_measured_number_has_one_form_on_either_side_of_0(metric: str, value: float, told: str) -> None:
+    assert _number(value, SimpleNamespace(metric=metric)) == told

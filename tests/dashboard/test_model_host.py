@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import threading
 import time
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -317,3 +319,109 @@ def test_a_request_may_ask_again(host: ModelHost) -> None:
 
 def test_only_what_is_not_on_this_disk_counts_as_from_the_hub(tmp_path: Any) -> None:
     assert [from_hub(source) for source in ("demo", str(tmp_path), "allenai/OLMoE-1B-7B-0924")] == [False, False, True]
+
+
+def _failing() -> None:
+    raise ZeroDivisionError("it does not come off")
+
+
+def test_a_model_from_which_edits_do_not_come_off_is_loaded_anew(host: ModelHost) -> None:
+    first = host.ask(lambda m: m, who="lab")
+    host.ask(lambda _m: host.keep_open(_failing), who="lab", keeps=True)
+    again = Asked(lambda: host.ask(lambda m: m, who="work"))
+    again.join(20)
+    assert again.failure is None
+    assert again.answer is not None
+    assert again.answer is not first
+
+
+def test_an_asker_is_told_when_its_edits_do_not_come_off_either(host: ModelHost) -> None:
+    def request(_model: Any) -> None:
+        host.keep_open(_failing)
+        raise ValueError("planted")
+
+    failed = Asked(lambda: host.ask(request, who="lab", keeps=True))
+    failed.join(20)
+    assert isinstance(failed.failure, RunError)
+    assert host.ask(lambda _m: "usable", who="work") == "usable"
+
+
+def test_a_model_from_which_edits_do_not_come_off_can_be_let_go(host: ModelHost) -> None:
+    host.ask(lambda _m: host.keep_open(_failing), who="lab", keeps=True)
+    host.unload()
+    until(lambda: host.model is None)
+    assert host.ask(lambda m: m.name, who="work") == "demo"
+
+
+def test_a_thread_that_died_is_replaced(host: ModelHost) -> None:
+    dead = threading.Thread(target=lambda: None)
+    dead.start()
+    dead.join()
+    host._thread = dead
+    asked_then = Asked(lambda: host.ask(lambda m: m.name, who="page"))
+    asked_then.join(20)
+    assert asked_then.answer == "demo"
+
+
+def test_a_request_that_was_left_behind_touches_nothing_of_the_new_model(
+    host: ModelHost, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("moescope.dashboard.model_host._PATIENCE", 0.0)
+    closed: list[str] = []
+    begun, end, over = threading.Event(), threading.Event(), threading.Event()
+
+    def stuck(_model: Any) -> None:
+        begun.set()
+        end.wait(20)
+        host.let_go()
+        host.keep_open(lambda: closed.append("of the old model"))
+        over.set()
+
+    left = Asked(lambda: host.ask(stuck, who="lab", keeps=True))
+    assert begun.wait(30)
+    host.stop()
+    time.sleep(0.01)
+    host.stop()
+    left.join(20)
+    assert isinstance(left.failure, Stopped)
+    host.ask(lambda _m: host.keep_open(lambda: closed.append("of the new model")), who="lab", keeps=True)
+    end.set()
+    assert over.wait(20)
+    assert closed == ["of the old model"]
+    host.ask(lambda _m: None, who="work")
+    assert closed == ["of the old model", "of the new model"]
+
+
+def test_a_load_that_failed_keeps_nothing_of_it() -> None:
+    class Model:
+        pass
+
+    parts: list[weakref.ref[Model]] = []
+
+    def load(_source: str) -> Any:
+        part = Model()
+        parts.append(weakref.ref(part))
+        raise RuntimeError("no weights")
+
+    host = ModelHost("broken", load=load)
+    with pytest.raises(InputError, match="no weights"):
+        host.ask(lambda _m: None, who="page")
+    gc.collect()
+    assert parts[0]() is None
+    assert host.status().state == "failed"
+
+
+def test_a_query_that_is_bound_does_not_bind_the_model(host: ModelHost) -> None:
+    import resource
+
+    from moescope.dashboard.sql.memory_bound import bounded_memory
+
+    def limit(_model: Any = None) -> int:
+        return resource.getrlimit(resource.RLIMIT_DATA)[0]
+
+    free = limit()
+    with bounded_memory(1 << 30):
+        assert limit() != free
+        assert host.ask(limit, who="page") == free
+        until(lambda: limit() != free)  # bound again once the request has ended
+    assert limit() == free

@@ -48,6 +48,38 @@ def test_an_interval_stands_in_brackets() -> None:
 
 
 def test_no_number_has_an_ascii_minus() -> None:
-    for shown in (numbers.count(-5), numbers.decimal(-0.25), numbers.short_count(-5e6)):
+    for shown in (
+        numbers.count(-5),
+        numbers.decimal(-0.25),
+        numbers.decimal(-3e-7),
+        numbers.short_count(-5e6),
+        numbers.share(-5, 100),
+        numbers.share(-1, 10_000),
+    ):
         assert "-" not in shown
         assert "−" in shown
+
+
+@pytest.mark.parametrize(
+    ("value", "places", "shown"),
+    [
+        (0.0003, 3, "0.0003"),
+        (-0.0003, 3, "−0.0003"),
+        (0.00049, 3, "0.00049"),
+        (2.5e-7, 3, "2.5e−07"),
+        (0.3, 0, "0.3"),
+        (0.0, 3, "0.000"),
+        (-0.0, 3, "0.000"),
+        (0.0006, 3, "0.001"),
+    ],
+)
+def test_a_number_is_not_rounded_to_a_false_zero(value: float, places: int, shown: str) -> None:
+    assert numbers.decimal(value, places) == shown
+
+
+@pytest.mark.parametrize(
+    ("part", "shown"),
+    [(-124, "−12.4 %"), (-0.5, ">−0.1 %"), (-999.9, "<−99.9 %"), (-1000, "−100.0 %"), (1100, "110.0 %")],
+)
+def test_a_negative_share_is_written_like_a_positive_one(part: float, shown: str) -> None:
+    assert numbers.share(part, 1000) == shown

@@ -12,7 +12,8 @@ from moescope.core.pages import pages
 from moescope.dashboard import shell
 from moescope.dashboard.app import create_app
 from moescope.dashboard.pages.experts import typed_expert
-from moescope.dashboard.url_state import Layer
+from moescope.dashboard.records import find_run
+from moescope.dashboard.url_state import Layer, ViewState
 from moescope.store.store import Store
 
 PATHS = [page.path for page in pages]
@@ -44,10 +45,6 @@ def nested_lists(tree: Any) -> bool:
     )
 
 
-def test_the_first_version_has_its_three_pages() -> None:
-    assert PATHS == ["/experts", "/", "/tokens"], "by name: experts, overview, tokens"
-
-
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("kind", ["moe", "dense", "incomplete", "bare"])
 def test_every_page_builds_on_every_kind_of_run(
@@ -65,7 +62,17 @@ def test_every_page_builds_on_every_kind_of_run(
     assert ("incomplete run" in text) == (kind == "incomplete")
 
 
-@pytest.mark.parametrize("path", PATHS)
+def test_an_address_without_a_run_shows_the_newest_complete_one_else_the_newest(
+    store_of: Callable[..., Store], Plan: Any
+) -> None:
+    old, done, cut = Plan(name="old"), Plan(name="done"), Plan(name="cut short", status="incomplete")
+    assert find_run(store_of(old, done, cut), ViewState()).name == "done"
+    assert find_run(store_of(cut), ViewState()).name == "cut short"
+    assert find_run(store_of(), ViewState()) is None
+    assert find_run(store_of(done, cut), ViewState(run="cut short")).name == "cut short"
+
+
+@pytest.mark.parametrize("path", [page.path for page in pages if page.needs_run])
 def test_a_store_without_runs_says_how_to_record_one(store_of: Callable[..., Store], path: str) -> None:
     store = store_of()
     text, _ = shown(store, path)

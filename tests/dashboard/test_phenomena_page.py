@@ -196,6 +196,33 @@ def test_masking_a_head_is_told_with_its_controls_alone_before_together(full: Ru
     assert "3 heads together, L1·H2 among them" in card
 
 
+def test_heads_are_counted_in_every_layer_and_other_edits_apart(full: Run) -> None:
+    head = {"kind": "mask_head", "layer": 2, "heads": [1]}
+    edits = {
+        "with others": [head, {"kind": "ablate", "layer": 0, "experts": [1, 2]}, {"kind": "skip", "layer": 1}],
+        "layers": [{"kind": "mask_head", "layer": [1, 2], "heads": [0, 1]}],
+        "everywhere": [{"kind": "mask_head", "layer": None, "heads": [1]}],
+    }
+    full.store.add_layers(
+        full, [{"layer": n, "block": "attn", "stack": "decoder", "kind": "attention"} for n in range(3)]
+    )
+    for number, (name, several) in enumerate(edits.items()):
+        full.store.connection.execute(
+            """
+            INSERT INTO effects BY NAME
+            SELECT ?::UUID AS effect_id, ?::UUID AS base_run_id, ?::JSON AS intervention, 'target' AS kind, 'all' AS group_kind,
+                'delta_nll' AS metric, 0.4 AS value, 100 AS n, 'nats' AS unit
+            """,
+            [str(uuid.UUID(int=(9 + number) << 90)), full.run_id, json.dumps({"name": name, "edits": several})],
+        )
+    found = {m.name: (m.heads, m.others) for m in masking(full, Head(2, "attn", 1))}
+    assert found == {"with others": (1, 2), "layers": (4, 0), "everywhere": (3, 0)}
+    card = text_of(head_card(full, Head(2, "attn", 1), ViewState(run="full"), None))
+    assert "L2·H1 and 2 other edits" in card
+    assert "L2·H1 alone" not in card
+    assert "4 heads together, L2·H1 among them" in card
+
+
 def test_the_lab_gets_an_edit_that_it_can_read_beside_those_there_were(full: Run) -> None:
     state = ViewState(run="full", edits=("ablate layer=3 experts=5",))
     card = head_card(full, Head(1, "attn", 2), state, [0, 1, 2])

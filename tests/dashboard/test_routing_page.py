@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import plotly.utils
@@ -260,3 +261,65 @@ def test_the_commonest_paths_lead_to_their_tokens(longer: Run) -> None:
         way = decode("?" + row["tokens_href"].split("?", 1)[1]).given("way")
         _, card = way_tokens.way_card(longer, way)
         assert f'"{row["tokens"]:,}"' in json.dumps(card, cls=plotly.utils.PlotlyJSONEncoder, ensure_ascii=False)
+
+
+def test_a_path_through_a_layer_of_two_routers_leads_to_the_routers_it_names(tmp_path: Path) -> None:
+    """The analysis goes through `attn` before `mlp`; an address without a block means `mlp`."""
+    planted = sys.modules["planted"]
+    with planted.planted_store(tmp_path / "two.duckdb", planted.Plan()) as store:
+        store.connection.execute("UPDATE layers SET block = 'attn', layer = 1 WHERE layer = 0")
+        store.connection.execute("UPDATE routing SET block = 'attn', layer = 1 WHERE layer = 0")
+        two = store.run("planted")
+        result = analyze(two, "paths", length=2)
+        row = way_tokens.path_table(result, two).rowData[0]
+        way = decode("?" + row["tokens_href"].split("?", 1)[1]).given("way")
+        assert [router.block for router, _ in way_tokens.read_way(two, way)] == ["attn", "mlp"]
+        _, card = way_tokens.way_card(two, way)
+        assert f'"{row["tokens"]:,}"' in json.dumps(card, cls=plotly.utils.PlotlyJSONEncoder, ensure_ascii=False)
+
+
+def test_a_count_of_a_way_is_no_link_to_more_tokens_than_it_counts(longer: Run) -> None:
+    first, second = longer.store.fetch(
+        """
+        SELECT a.experts[1], b.experts[1]
+        FROM routing a
+        JOIN routing b ON b.run_id = a.run_id AND b.token = a.token AND b.layer = 1
+        WHERE a.run_id = ? AND a.layer = 0
+        LIMIT 1
+        """,
+        [longer.run_id],
+    )[0]
+    _, card = way_tokens.way_card(longer, f"0:{first}-1:{second}")
+    anchors = [part for part in components(card) if "&piece=" in (getattr(part, "href", None) or "")]
+    assert anchors
+    assert {part.children for part in anchors} == {f"all of L1·E{second}"}
+    said = json.dumps(card, cls=plotly.utils.PlotlyJSONEncoder, ensure_ascii=False)
+    assert "on this way or another" in said
+
+
+def test_sliders_end_where_the_answers_of_real_experts_end(tmp_path: Path) -> None:
+    """Six experts and two null ones: nobody holds, moves, copies or places a null expert."""
+    planted = sys.modules["planted"]
+    with planted.planted_store(tmp_path / "null.duckdb", planted.Plan(texts=planted.Plan().texts * 12)) as store:
+        store.connection.execute("UPDATE layers SET n_experts = 6, n_null = 2")
+        run = store.run("planted")
+        known = routers(run)
+        assert [(router.experts, router.real) for router in known] == [(8, 6)] * 2
+        for name in ("cache", "placement", "replication"):
+            span = SIMULATORS[name].span(known)
+            cards = cards_at(run, name)
+            positions = range(int(span.least), int(span.most) + 1)
+            keys = [f"{2**position if span.power else position}" for position in positions]
+            assert all(list(choice) == keys for choice in cards["at"].values()), name
+        held = cards_at(run, "cache")["at"]["lru"]["6"][4]
+        assert held["detail"] == "12 of 12 experts"
+        assert cards_at(run, "cache")["words"]["6"] == "6 of 6 experts of a layer"
+        assert cards_at(run, "replication")["at"][""]["3"][3]["detail"] == "6 copies beside 12 experts"
+
+
+def test_time_waited_is_said_of_all_devices(longer: Run) -> None:
+    waited = cards_at(longer, "placement")["at"]["contiguous"]["2"][2]
+    assert (waited["label"], waited["detail"]) == (
+        "Time waited",
+        "of all devices' time, the busiest included, if work is all there is",
+    )

@@ -15,10 +15,11 @@ from typing import Any
 
 import pytest
 
-from moescope.core.errors import InputError, StoreError
+from moescope.core.errors import InputError, MoescopeError, StoreError
 from moescope.dashboard import guards
 from moescope.dashboard.access import Access, checked_token, cookie_name, new_token
 from moescope.dashboard.app import create_app
+from moescope.dashboard.model_host import Stopped
 from moescope.dashboard.serve import open_store, serve, url
 from moescope.dashboard.services import services_of
 from moescope.store.locking import is_locked
@@ -259,3 +260,49 @@ def test_work_that_is_under_way_ends_in_order_before_the_store_is_closed(path: P
     thread.join(30)
     assert job.state == "cancelled"
     assert seen["rows"] == [(1,)]
+
+
+def test_a_model_that_loads_is_stopped_at_the_end_and_that_is_said(path: Path) -> None:
+    seen: dict[str, Any] = {}
+    up, loading, end = threading.Event(), threading.Event(), threading.Event()
+    told: list[str] = []
+
+    def ready(_url: str, server: Any) -> None:
+        seen["server"] = server
+        up.set()
+
+    def load(_source: str) -> Any:
+        loading.set()
+        end.wait(40)
+        raise RuntimeError("too late")
+
+    def create(store: Store, **options: Any) -> Any:
+        app = create_app(store, **options)
+        seen["models"] = services_of(app).models
+        return app
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("moescope.dashboard.serve.create_app", create)
+        patch.setattr("moescope.dashboard.model_host._load", load)
+        options = {"port": 0, "ready": ready, "model": "demo", "tell": told.append}
+        thread = threading.Thread(target=serve, args=(path,), kwargs=options)
+        thread.start()
+        assert up.wait(60)
+    failed: list[BaseException] = []
+
+    def ask() -> None:
+        try:
+            seen["models"].ask(lambda _m: None, who="page")
+        except MoescopeError as failure:
+            failed.append(failure)
+
+    asker = threading.Thread(target=ask)
+    asker.start()
+    assert loading.wait(20)
+    seen["server"].shutdown()
+    thread.join(15)
+    asker.join(5)
+    end.set()
+    assert not thread.is_alive()
+    assert isinstance(failed[0], Stopped)
+    assert told == ["stopping the model"]

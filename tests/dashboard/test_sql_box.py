@@ -17,7 +17,9 @@ from moescope.dashboard.sql.box import Limits, SqlBox
 from moescope.dashboard.sql.examples import EXAMPLES, Example
 from moescope.dashboard.sql.files import written
 from moescope.dashboard.sql.given import PREFIX, read, values_for
+from moescope.dashboard.sql.memory_bound import lifted
 from moescope.dashboard.sql.one_select import one_select
+from moescope.dashboard.work import Work
 from moescope.store.store import Store
 
 CROSS = "SELECT count(*) FROM range(100000000) a, range(100000000) b"
@@ -410,3 +412,104 @@ def test_a_refusal_is_one_of_ours(box: SqlBox) -> None:
     for sql in ("SELECT error('planted')", "SELECT 1 // 0 + 'a'::INTEGER", "SELECT * FROM nowhere"):
         with pytest.raises(MoescopeError):
             rows(box, sql)
+
+
+@pytest.mark.parametrize("sql", ["SELECT " + "+".join(["1"] * 900), "SELECT " + "[" * 400 + "1" + "]" * 400])
+def test_a_query_nested_too_deeply_is_refused_in_words(sql: str) -> None:
+    with pytest.raises(InputError, match="nested too deeply"):
+        one_select(sql)
+
+
+def test_a_tree_too_deep_to_be_compared_is_refused_in_words(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Deep(dict[str, Any]):
+        def __eq__(self, _other: object) -> bool:
+            raise RecursionError
+
+        __hash__ = None  # type: ignore[assignment]  # as every dict
+
+    monkeypatch.setattr("moescope.dashboard.sql.one_select._tree", lambda _text: Deep())
+    with pytest.raises(InputError, match="nested too deeply"):
+        one_select("SELECT 1;")
+
+
+def test_half_a_character_is_refused_in_words() -> None:
+    with pytest.raises(InputError, match="half a character"):
+        one_select("SELECT '\ud800'")
+
+
+def test_a_thread_that_cannot_be_started_gives_its_place_back(box: SqlBox, monkeypatch: pytest.MonkeyPatch) -> None:
+    def start(_: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", start)
+        for _ in range(box.limits.together + 1):
+            with pytest.raises(InputError, match="could not be started"):
+                rows(box, "SELECT 1")
+    assert rows(box, "SELECT 1") == [(1,)]
+
+
+def _bound() -> bool:
+    import resource
+
+    return resource.getrlimit(resource.RLIMIT_DATA)[0] != resource.RLIM_INFINITY
+
+
+def test_the_bound_holds_a_query_that_heeds_nothing_until_it_ends(brief: SqlBox) -> None:
+    ends = threading.Event()
+
+    def deaf(_cursor: Any) -> bool:
+        return ends.wait(20)
+
+    with pytest.raises(InputError, match="does not heed being stopped"):
+        brief.with_cursor(deaf, who="", seconds=0.1)
+    assert _bound()
+    ends.set()
+    end = time.monotonic() + 10
+    while _bound() and time.monotonic() < end:
+        time.sleep(0.01)
+    assert not _bound()
+
+
+def test_the_bound_is_lifted_while_others_work_and_holds_again_afterwards(box: SqlBox) -> None:
+    def work(_cursor: Any) -> list[bool]:
+        seen = [_bound()]
+        with lifted():
+            seen.append(_bound())
+            with lifted():
+                seen.append(_bound())
+            seen.append(_bound())
+        return [*seen, _bound()]
+
+    assert box.with_cursor(work, who="", seconds=5) == [True, False, False, False, True]
+    with lifted():
+        assert box.with_cursor(lambda _cursor: _bound(), who="", seconds=5) is False
+    assert not _bound()
+
+
+def test_work_is_not_bound_by_a_query_that_runs(box: SqlBox) -> None:
+    def work(_cursor: Any) -> bool:
+        seen: list[bool] = []
+        job = Work().start("a", lambda _: seen.append(_bound()))
+        while not job.over:
+            time.sleep(0.005)
+        return seen[0]
+
+    assert box.with_cursor(work, who="", seconds=10) is False
+
+
+@pytest.mark.parametrize("sql", ["SELECT {'a': INTERVAL 3 DAY} AS x", "SELECT union_value(a := 1) AS x"])
+def test_what_a_parquet_file_cannot_hold_is_refused_in_words(box: SqlBox, sql: str) -> None:
+    with pytest.raises(InputError, match="cannot be written in this form"):
+        written(box, one_select(sql), {}, "parquet", who="t")
+    with written(box, one_select(sql), {}, "csv", who="t") as file:
+        assert file.read()
+
+
+@pytest.mark.parametrize("failure", [RecursionError, TypeError, ValueError, OverflowError])
+def test_values_that_cannot_be_handed_over_are_refused_in_words(box: SqlBox, failure: type[Exception]) -> None:
+    def work(_cursor: Any) -> None:
+        raise failure("planted")
+
+    with pytest.raises(InputError, match="planted"):
+        box.with_cursor(work, who="", seconds=5)

@@ -190,6 +190,15 @@ NONSENSE: list[Any] = [
     {"kind": "exe", "ask": {}},
     {"kind": "csv", "ask": 3},
     {"kind": "csv", "ask": {"sql": "DROP TABLE runs", "who": ""}},
+    {"kind": "csv", "ask": {"who": ""}},
+    {"kind": "csv", "ask": {"sql": 3}},
+    {"kind": "csv", "ask": {"sql": "SELECT 1", "given": ["a"]}},
+    {"kind": "csv", "ask": {"sql": "SELECT 1", "given": "a"}},
+    {"kind": "csv", "ask": {"sql": "SELECT '\ud800'"}},
+    {"kind": "csv", "ask": {"sql": "SELECT $a", "given": {"a": "\ud800"}}},
+    {"kind": "parquet", "ask": {"sql": "SELECT $a AS x", "given": {"a": "[" * 500 + "1" + "]" * 500}}},
+    {"kind": "csv", "ask": {"sql": "SELECT $run"}, "run": "\ud800"},
+    {"kind": "csv", "ask": {"sql": "SELECT $run"}, "run": ["planted"]},
 ]
 
 

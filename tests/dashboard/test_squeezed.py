@@ -18,7 +18,7 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path / "kept"
 
 
-def served(folder: Path) -> Flask:
+def served(folder: Path | None) -> Flask:
     server = Flask("squeezed")
     server.add_url_rule("/assets/a.js", "a", lambda: Response(SCRIPT, mimetype="text/javascript"))
     server.add_url_rule("/assets/small.js", "b", lambda: Response(b"1", mimetype="text/javascript"))
@@ -73,3 +73,19 @@ def test_a_folder_that_cannot_be_made_is_done_without(tmp_path: Path) -> None:
     client = served(tmp_path / "file" / "kept").test_client()
     for _ in range(2):
         assert brotli.decompress(client.get("/assets/a.js", headers=BR).data) == SCRIPT
+
+
+def test_a_user_without_a_home_has_no_folder_and_gets_scripts_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    def homeless() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(Path, "home", homeless)
+    client = served(None).test_client()
+    sizes = []
+    end = time.monotonic() + 30
+    while len(set(sizes)) < 2 and time.monotonic() < end:
+        answer = client.get("/assets/a.js", headers=BR)
+        assert brotli.decompress(answer.data) == SCRIPT
+        sizes.append(len(answer.data))
+    assert len(set(sizes)) == 2, "the best form is kept in memory"

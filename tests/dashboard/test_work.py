@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import gc
 import threading
 import time
+import weakref
 from pathlib import Path
 
 import pytest
@@ -115,3 +117,45 @@ def test_cancelling_what_is_over_or_unknown_changes_nothing(number: int) -> None
     job = _ended(work.start("a", lambda _: None))
     work.cancel(number)
     assert job.state == "done"
+
+
+def test_what_fails_after_a_job_leaves_the_worker_alive() -> None:
+    def after(_: Job) -> None:
+        raise ZeroDivisionError("a bug")
+
+    work = Work(after=after)
+    first, second = work.start("a", lambda _: "/"), work.start("b", lambda _: "/")
+    assert [_ended(first, 10).state, _ended(second, 10).state] == ["done", "done"]
+
+
+def test_a_task_that_leaves_by_an_exit_fails_and_the_next_job_has_its_turn() -> None:
+    def leave(_: Job) -> None:
+        raise SystemExit(3)
+
+    work = Work()
+    left, fine = work.start("a", leave), work.start("b", lambda _: "/")
+    assert [_ended(left, 10).state, _ended(fine, 10).state] == ["failed", "done"]
+    assert isinstance(left.problem, SystemExit)
+
+
+@pytest.mark.parametrize("kind", [InputError, RuntimeError])
+def test_a_failure_that_is_kept_keeps_nothing_that_its_functions_held(kind: type[Exception]) -> None:
+    class Model:
+        pass
+
+    models: list[weakref.ref[Model]] = []
+
+    def fail(_: Job) -> None:
+        model = Model()
+        models.append(weakref.ref(model))
+        try:
+            raise ValueError("inside")
+        except ValueError as inside:
+            raise kind("outside") from inside
+
+    job = _ended(Work().start("a", fail))
+    assert isinstance(job.problem, kind)
+    until = time.monotonic() + 5
+    while models[0]() is not None and time.monotonic() < until:
+        gc.collect()
+    assert models[0]() is None

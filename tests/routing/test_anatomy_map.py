@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import uuid
 from collections.abc import Callable
 from types import ModuleType
 
@@ -81,3 +82,48 @@ def test_the_map_of_one_measure_marks_sublayers_without_it(whole: Run) -> None:
     assert np.isnan(np.asarray(grey.z, float)[1]).all()
     assert np.isfinite(np.asarray(coloured.z, float)[1]).all()
     assert np.isnan(np.asarray(coloured.z, float)[0]).all()
+
+
+def test_each_site_shows_its_newest_autoencoder_of_all_experts(plant: Plant, planted: ModuleType) -> None:
+    run = plant(**planted.everything(layers=2, n_experts=4, labels=["a"] * 2))
+    rows = [
+        ("mlp, old", "blocks.1.hook_mlp_out", None, 1, 0.5),
+        ("mlp, new", "blocks.1.hook_mlp_out", None, 3, 0.2),
+        ("mlp, one expert", "blocks.1.hook_mlp_out", 2, 4, 0.9),
+        ("stream", "blocks.1.hook_resid_post", None, 2, 0.3),
+    ]
+    for name, site, expert, day, fvu in rows:
+        sae = str(uuid.uuid5(uuid.UUID(run.run_id), name))
+        run.store.connection.execute(
+            "INSERT INTO saes BY NAME SELECT ?::UUID AS sae_id, ? AS name, ? AS site, ? AS expert, make_timestamp(2026, 1, ?, 0, 0, 0) "
+            "AS created_at",
+            [sae, name, site, expert, day],
+        )
+        run.store.connection.execute(
+            "INSERT INTO sae_measures BY NAME SELECT ?::UUID AS sae_id, ?::UUID AS run_id, 'fvu' AS metric, 'sae' AS condition, 'all' AS "
+            "group_kind, ? AS value, 100 AS n",
+            [sae, run.run_id, fvu],
+        )
+    result = analyze(run, "anatomy_map", measure="sae_fvu")
+    told = result.df().set_index("block")["value"].to_dict()
+    assert told == pytest.approx({"autoencoder hook_mlp_out": 0.2, "autoencoder hook_resid_post": 0.3})
+    assert {"autoencoder hook_mlp_out", "autoencoder hook_resid_post"} <= set(result.figure().data[0].y)
+    whole_map = analyze(run, "anatomy_map").figure().data[0].y
+    assert sum("leaves hook_" in row for row in whole_map) == 2, "a row each"
+
+
+def test_heads_with_a_sink_are_those_of_the_first_64_tokens(plant: Plant, planted: ModuleType) -> None:
+    """Over a whole long text a head attends to its first token otherwise than over its first 64 tokens."""
+    run = plant(lengths=[64])
+    planted.insert(
+        run,
+        "heads",
+        [
+            {"layer": 0, "head": head, "metric": metric, "condition": "base", "value": value, "n": 1, "block": "attn"}
+            for head in range(4)
+            for metric, value in (("sink_alpha_0", 0.15 + 0.1 * head), ("alpha_0", 0.1))
+        ],
+    )
+    result = analyze(run, "anatomy_map", measure="sink_heads")
+    assert result.df()["value"].tolist() == [0.5]
+    assert result.df()["metric"].tolist() == ["heads with a sink (α₀ > 0.3, first 64 tokens)"]

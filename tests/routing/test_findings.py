@@ -97,3 +97,20 @@ def test_an_interval_without_width_gives_no_distance_and_stands_last_of_its_grou
         "chance",
         "silent",
     ]
+
+
+@pytest.mark.parametrize("names", [("control_low", "control_high"), ("null_low", "null_high")])
+def test_a_number_among_its_controls_is_not_beyond_chance(names: tuple[str, str]) -> None:
+    """The interval [2, 4] leaves the controls' mean of 0 out, but one control went as far as 5."""
+    low, high = names
+    near = [row | {low: -1.0, high: 5.0} for row in _rows([3.0])]
+    assert finding(_result(near)).verdict == "within"
+    for bounds in ((-1.0, 1.0), (3.5, 5.0), (None, None)):
+        found = finding(_result([row | dict(zip(names, bounds, strict=True)) for row in _rows([3.0])]))
+        assert (found.verdict, found.beyond) == ("beyond", 1), bounds
+    inside = [row | {low: 0.5, high: 0.6} for row in _rows([0.7])]
+    assert finding(_result(inside)).verdict == "within", "outside its controls, but the interval holds their mean"
+
+
+def test_the_median_of_an_even_number_of_distances_lies_between_the_two_in_the_middle() -> None:
+    assert finding(_result(_rows([2.0, 4.0, 1.0, 9.0]))).distance == 3.0

@@ -148,3 +148,12 @@ def test_without_medians_nothing_is_called_massive(plant: Plant, planted: Module
     result = analyze(plant(lengths=[4], streams=streams), "massive_map")
     assert result.df()["massive"].sum() == 0
     assert "not known" in result.title
+
+
+def test_a_bin_of_several_positions_is_named_by_its_span(plant: Plant, planted: ModuleType) -> None:
+    plan = _loud(planted, [40])
+    stream = plan["streams"][1]
+    stream.values[[5, 20]], stream.channels[[5, 20]] = stream.values[[20, 5]], stream.channels[[20, 5]]
+    title = analyze(plant(**plan), "massive_map").title
+    assert "(L1, position 20, channel 9)" in title
+    assert title.endswith("massive activations stand at positions 16–31, in 1 layer")

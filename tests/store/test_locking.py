@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import duckdb
@@ -129,3 +130,19 @@ def test_recording_into_a_locked_store_gives_what_it_gives_otherwise(tmp_path: P
             counts.append([store.fetch(f"SELECT count(*) FROM {table}")[0][0] for table in tables])
     assert counts[0] == counts[1]
     assert 0 not in counts[0]
+
+
+def test_the_folder_for_spilled_queries_cannot_be_guessed_and_is_gone_afterwards(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "runs.duckdb"
+    Store(path).close()
+    monkeypatch.setattr("moescope.store.locking.may_write", lambda folder: False)
+    with Store(path, read_only=True, memory="512MiB") as store:
+        spill = Path(store.fetch("SELECT current_setting('temp_directory')")[0][0])
+        assert spill.is_dir()
+        assert spill.stat().st_mode & 0o777 == 0o700
+        assert str(os.getpid()) not in spill.name
+        query = "SELECT count(*) FROM (SELECT hash(range) AS h FROM range(8000000) ORDER BY h LIMIT 7999999)"
+        assert store.fetch(query) == [(7_999_999,)]
+    assert not spill.exists()

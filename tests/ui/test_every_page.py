@@ -110,6 +110,8 @@ def test_a_page_loads_quietly_and_asks_no_one_else(
     assert "undefined" not in said
     run_is_shown = kind == "incomplete" and next(p for p in pages if p.path == path).needs_run
     assert not run_is_shown or "incomplete run" in said
+    without_runs = kind == "empty" and next(p for p in pages if p.path == path).needs_run
+    assert not without_runs or "moescope profile demo --store" in said, "what to do to fill the store"
 
 
 @pytest.mark.parametrize("path", PATHS)

@@ -10,6 +10,7 @@ import pytest
 
 from moescope.analysis_api import analyze
 from moescope.core.errors import InputError
+from moescope.routing.comparison.compare_measures import moved
 from moescope.routing.comparison.paired_sequences import paired_sequences
 from moescope.store.run import Run
 
@@ -125,3 +126,97 @@ def test_runs_without_a_common_measure_are_refused(plant: Plant, planted: Module
 def test_names_of_runs_stay_as_they_are_in_the_title(plant: Plant, names: tuple[str, str]) -> None:
     runs = [plant(name=name, lengths=[4, 4], nll=_nll(n, 8)) for n, name in enumerate(names)]
     assert analyze(runs, "compare_measures").title.startswith("a-b → c-d: ")
+
+
+def test_generated_tokens_are_left_out(plant: Plant, planted: ModuleType) -> None:
+    """The second run wrote two tokens on after each text, with other experts and likelihoods."""
+    noise, generated = _nll(7, 24), np.tile([False] * 4 + [True] * 2, 6)
+    longer = np.full(36, 50.0)
+    longer[~generated] = noise
+    even = planted.Router(np.arange(24)[:, None] % 2, 2, entropy=np.full(24, 0.4))
+    chosen = np.zeros((36, 1), int)
+    chosen[~generated] = even.experts
+    skew = planted.Router(
+        chosen, 2, entropy=np.where(generated, 0.1, 0.4), norms=np.where(generated, 9.0, 1.0)[:, None]
+    )
+    even.norms = np.ones((24, 1))
+    streams = [{0: planted.Stream(np.ones(24))}, {0: planted.Stream(np.where(generated, 9.0, 1.0))}]
+    first = plant(lengths=[4] * 6, nll=noise, routers=[even], streams=streams[0])
+    second = plant(lengths=[6] * 6, nll=longer, routers=[skew], streams=streams[1], decode=generated.tolist())
+    for run in (first, second):
+        run.store.connection.execute(
+            "UPDATE sequences SET n_tokens = 4, content_hash = 'text ' || sequence_id WHERE run_id = ?", [run.run_id]
+        )
+    result = analyze([first, second], "compare_measures")
+    frame = result.df().set_index("metric")
+    assert set(frame.index) >= {
+        "mean NLL",
+        "next token predicted",
+        "router entropy",
+        "expert output norm",
+        "residual norm",
+        "CV of expert load",
+    }
+    assert frame["value"].to_numpy() == pytest.approx(0, abs=1e-6)
+    assert "Generated tokens are left out." in result.notes
+    assert "Generated tokens are left out." not in analyze([first, first], "compare_measures").notes
+
+
+def test_a_number_of_one_run_alone_is_left_out_of_both(plant: Plant) -> None:
+    noise = _nll(8)
+    first, second = plant(lengths=LENGTHS, nll=noise), plant(lengths=LENGTHS, nll=noise)
+    second.store.connection.execute(
+        "UPDATE tokens SET nll = 'nan' WHERE run_id = ? AND sequence_id = 3 AND position = 2", [second.run_id]
+    )
+    result = analyze([first, second], "compare_measures")
+    row = result.df().set_index("metric").loc["mean NLL"]
+    assert (row["value"], row["ci_low"], row["ci_high"]) == pytest.approx((0, 0, 0), abs=1e-9)
+    assert row["n"] == 5 * (len(LENGTHS) - 1)
+    assert any(note.startswith("Left out: 1 cell of sequence × measure") for note in result.notes)
+    assert not any(note.startswith("Left out") for note in analyze([first, first], "compare_measures").notes)
+
+
+def test_layers_are_pooled_over_what_both_runs_have(plant: Plant, planted: ModuleType) -> None:
+    """A layer that one run lacks in one text must not enter the other run's mean of that text."""
+    levels = [0.2, 0.9]
+    runs = [
+        plant(
+            lengths=[4] * 4,
+            routers=[
+                planted.Router(np.zeros((16, 1), int), 2, layer=layer, entropy=np.full(16, level))
+                for layer, level in enumerate(levels)
+            ],
+        )
+        for _ in range(2)
+    ]
+    runs[1].store.connection.execute(
+        "UPDATE routing SET entropy = NULL WHERE run_id = ? AND layer = 1 AND token < 4", [runs[1].run_id]
+    )
+    frame = analyze(runs, "compare_measures").df().set_index("metric")
+    assert frame.loc["router entropy", "value"] == pytest.approx(0, abs=1e-6)
+
+
+def test_a_measure_that_was_0_has_moved_and_the_figure_says_that_it_has_no_percent(
+    plant: Plant, planted: ModuleType
+) -> None:
+    experts = np.zeros((48, 1), int)
+    levels = [np.zeros(48), np.full(48, 0.5)]
+    first, second = (
+        plant(lengths=[6] * 8, nll=_nll(9, 48), routers=[planted.Router(experts, 2, entropy=level)]) for level in levels
+    )
+    result = analyze([first, second], "compare_measures")
+    assert result.title.endswith("1 of 5 measures differ beyond their interval")
+    assert any(note.startswith(f"0 in {first.name}") and "router entropy" in note for note in result.notes)
+    assert "router entropy" not in result.figure().data[0].y
+    layers = analyze([first, second], "compare_measures", by="layer")
+    assert "1 of 3 numbers by layer differ" in layers.title
+    shown = layers.figure().data[0]
+    assert np.isnan(shown.z[list(shown.y).index("router entropy")][0]), "an interval of no width has no half-widths"
+
+
+@pytest.mark.parametrize(
+    ("value", "relative", "expected"),
+    [(0.0, np.nan, False), (0.5, np.nan, True), (1e-9, 1e-9, False), (0.1, -0.1, True), (0.0, 0.0, False)],
+)
+def test_a_difference_from_0_has_moved(value: float, relative: float, expected: bool) -> None:
+    assert bool(moved(value, relative)) is expected
