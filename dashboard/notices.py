@@ -58,7 +58,7 @@ def refusal(error: MoescopeError) -> Any:
     )
 
 
-def unexpected(error: Exception) -> Any:
+def unexpected(error: BaseException) -> Any:
     """A failure that is no one's input: what happened, what still holds and what to do; the details are folded."""
     said = html.Div(f"{type(error).__name__}: {error}"[:2000], className="foreign mono failure-details")
     return dmc.Alert(

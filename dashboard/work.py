@@ -49,7 +49,7 @@ class Job:
     total: float | None = None
     words: str = ""
     link: str | None = None
-    problem: BaseException | None = None
+    problem: MoescopeError | Exception | None = None
     begun: float | None = None
     ended: float | None = None
     _stop: threading.Event = field(default_factory=threading.Event, repr=False)
@@ -141,7 +141,8 @@ class Work:
         except BaseException as error:  # noqa: BLE001  whatever it was, the page must say so, and the next job have its turn
             _LOG.exception("%s failed", job.title)
             without_frames(error)
-            job.problem, job.state = error, "failed"
+            job.problem = error if isinstance(error, Exception) else RuntimeError(f"it ended by {error!r}")
+            job.state = "failed"
         job.ended = time.time()
         if self._after is not None:
             try:

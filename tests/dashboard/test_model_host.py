@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import logging
 import threading
 import time
 import weakref
@@ -392,7 +393,9 @@ def test_a_request_that_was_left_behind_touches_nothing_of_the_new_model(
     assert closed == ["of the old model", "of the new model"]
 
 
-def test_a_load_that_failed_keeps_nothing_of_it() -> None:
+def test_a_load_that_failed_keeps_nothing_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(logging.getLogger("moescope.dashboard"), "disabled", True)  # pytest keeps what is logged
+
     class Model:
         pass
 
