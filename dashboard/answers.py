@@ -10,6 +10,7 @@ from typing import Any
 
 from moescope.analysis_api import analyze
 from moescope.core.result import Result
+from moescope.dashboard.sql.memory_bound import lifted
 from moescope.store.store import Store
 
 KEPT = 128
@@ -59,14 +60,22 @@ class Answers:
             with self._lock:
                 if key in self._kept:
                     return self._kept[key]
-            result = analyze(runs, ask["analysis"], allow_incomplete=True, **ask["given"])
+            try:
+                with lifted():  # a query on the SQL page must not take the memory that an analysis needs
+                    result = analyze(runs, ask["analysis"], allow_incomplete=True, **ask["given"])
+                if not growing:
+                    self._keep(key, result, revision)
+            finally:
+                with self._lock:
+                    self._locks.pop(key, None)
+        return result
+
+    def _keep(self, key: str, result: Result, revision: int) -> None:
         with self._lock:
-            self._locks.pop(key, None)
-            if revision == self.revision and not growing:
+            if revision == self.revision:
                 self._kept[key] = result
                 if len(self._kept) > KEPT:
                     self._kept.popitem(last=False)
-        return result
 
     def forget(self) -> None:
         """Forget every answer: the store has changed."""

@@ -53,7 +53,9 @@ def main() -> None:
     parser.add_argument("store", type=Path)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "images")
     parser.add_argument("--page", action="append", help="only this page, by its path; may be repeated")
-    parser.add_argument("--run", help="the run to show where a page has none of its own; the newest complete one without it")
+    parser.add_argument(
+        "--run", help="the run to show where a page has none of its own; the newest complete one without it"
+    )
     parser.add_argument("--dark", action="store_true", help="in dark colours, as NAME-dark.png")
     given = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
