@@ -26,10 +26,12 @@ from moescope.dashboard.serve import serve
 from moescope.store.store import Store
 
 WIDTH, HEIGHT, MOST = 1440, 900, 1500
-LARGEST = 250_000  # bytes of a picture
+LARGEST = 300_000  # bytes of a picture
 _LOG = logging.getLogger("screenshots")
 _SETTLED = """
-    return !document.querySelector('.waiting, .panel-body [class*=Skeleton]') && document.querySelector('.page h1')
+    return !document.body.innerText.includes('Waiting for the model')
+        && !document.querySelector('.waiting, .panel-body [class*=Skeleton]')
+        && document.querySelector('.page h1')
         && [...document.querySelectorAll('.panel')].every((one) => one.getBoundingClientRect().top > 1300
             || one.querySelector('.panel-answer, .refusal'))
 """
