@@ -231,7 +231,7 @@ def anatomy_map(run: Run, *, measure: Measure = "all") -> Result:
         + "; ".join(f"{MEASURES[name].metric} ({MEASURES[name].kind})" for name in shown)
         + ("." if measure != "all" else ". Each row has its own colours, from its smallest to its largest value."),
         units={f"value[{MEASURES[name].metric}]": MEASURES[name].unit for name in shown},
-        sql=sql,
+        sql=_query(shown),
         sql_parameters={"run": run.run_id},
     )
 

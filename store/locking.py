@@ -6,6 +6,7 @@ import shutil
 import tempfile
 import weakref
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import duckdb
@@ -51,9 +52,11 @@ def lock_down(
         return
     if not may_write(path.parent):
         # Large queries spill beside the store, which cannot be here.
-        spill = tempfile.mkdtemp(prefix="moescope-")
-        weakref.finalize(connection, shutil.rmtree, spill, ignore_errors=True)
-        connection.execute(f"SET temp_directory = {literal(spill)}")
+        # Nowhere at all: queries that need more than memory then say so.
+        with suppress(OSError):
+            spill = tempfile.mkdtemp(prefix="moescope-")
+            weakref.finalize(connection, shutil.rmtree, spill, ignore_errors=True)
+            connection.execute(f"SET temp_directory = {literal(spill)}")
     if memory is not None:
         connection.execute(f"SET memory_limit = {literal(memory)}")
     if wanted:

@@ -26,7 +26,8 @@ MAPPED = ("store", "probes", "routing", "sae", "dashboard")
 HEAVY = {"torch", "transformers", "dash", "duckdb", "pandas", "pyarrow", "plotly", "polars", "datasets", "numpy"}
 
 # moescope.core ← store ← routing ← dashboard, moescope; moescope.core ← store ← probes ← sae ← dashboard, moescope.
-# `moescope.analysis_api` is `analyze` and `analyses` alone: registries without the analyses, so that pages may ask it too.
+# `moescope.analysis_api` is `analyze` and `analyses` alone: registries without the analyses.
+# Pages start what the Python API does (`ms.effect`, `ms.sweep`, …), so that their numbers are those of a notebook.
 MAY_IMPORT = {
     "core": {"core"},
     "store": {"core", "store"},
@@ -34,7 +35,7 @@ MAY_IMPORT = {
     "probes": {"core", "store", "probes"},
     "sae": {"core", "store", "probes", "sae"},
     "analysis_api": {"core", "store"},
-    "dashboard": {"core", "store", "routing", "probes", "sae", "analysis_api", "dashboard"},
+    "dashboard": {"core", "store", "routing", "probes", "sae", "analysis_api", "dashboard", "facade"},
     "facade": {"core", "store", "routing", "probes", "sae", "analysis_api", "dashboard", "facade"},
 }
 MAY_NOT_LOAD = {

@@ -211,7 +211,7 @@ def test_dense_run_pretends_no_experts(plant: Plant, planted: ModuleType, tmp_pa
         plant(lengths=fields["lengths"], labels=["a", "b"], nll=fields["nll"], streams=fields["streams"]), tmp_path
     )
     residual = {"residual_norms", "residual_maxima", "massive_activations"}
-    assert set(page.sections) == {"coverage", "nll", "passages"} | residual
+    assert set(page.sections) == {"coverage", "anatomy_map", "nll", "passages", "massive_map"} | residual
     assert not {"Experts", "Routing"} & set(page.headings("h1"))
     assert "dense: no routers, no experts" in page.words
     for words in EXPERT_WORDS:

@@ -49,7 +49,7 @@ def _planted_routing() -> ModuleType:
 def _everything(store: Store) -> None:
     planted = _planted_routing()
     fields = planted.everything(layers=4, n_experts=8, labels=["a", "b", None, "a", "b", None])
-    planted.plant(store, planted.Plan(**fields), name="other")
+    planted.plant(store, planted.Plan(**fields | {"features": False}), name="other")  # autoencoders are the store's
     planted.plant(store, planted.Plan(**fields), name="everything")
 
 
@@ -122,9 +122,10 @@ def test_a_page_names_what_it_shows_and_each_control(browser: Any, addresses: di
     assert browser.js("[...document.querySelectorAll('h1')].map((h) => h.textContent)") == [page.name]
     unnamed = browser.js(
         """
-        return [...document.querySelectorAll('#page button, #page input:not([type=hidden]), #page textarea, #page select, #page a')]
-          .filter((e) => e.offsetParent !== null && !e.closest('.modebar, .ag-root-wrapper'))
-          .filter((e) => !(e.innerText || e.getAttribute('aria-label') || e.getAttribute('aria-labelledby') || e.title
+        return [...document.querySelector('#page').querySelectorAll(
+            'button, input:not([type=hidden], [type=file]), textarea, select, a')]
+          .filter((e) => e.offsetParent !== null && !e.closest('.modebar, .ag-root-wrapper, [aria-hidden=true]'))
+          .filter((e) => e.tabIndex >= 0 && !(e.textContent || e.getAttribute('aria-label') || e.getAttribute('aria-labelledby') || e.title
             || (e.labels && e.labels.length) || e.placeholder))
           .map((e) => e.outerHTML.slice(0, 200))
         """
