@@ -4,6 +4,7 @@
   const no = () => window.dash_clientside.no_update;
   const HINT = "Point at a cell, or focus the map: arrow keys move, Enter opens the card.";
   let cursor = null;
+  let pointed = null; // the cell under the pointer; Plotly tells of it once, and not again after the map was drawn anew
   let wasOpen = false;
 
   const graph = () => document.querySelector("#atlas .js-plotly-plot");
@@ -87,7 +88,8 @@
   }
 
   function rest() {
-    if (cursor) return show(cursor.i, cursor.j);
+    const cell = pointed || cursor;
+    if (cell) return show(cell.i, cell.j);
     if (line()) line().textContent = HINT;
     hide(["row", "column", "cell"]);
   }
@@ -138,14 +140,14 @@
   function attach(gd) {
     gd._atlas = true;
     gd.on("plotly_hover", (event) => {
-      const cell = cellOf(event);
-      if (cell) return show(cell.i, cell.j);
+      pointed = cellOf(event);
+      if (pointed) return show(pointed.i, pointed.j);
       const point = event.points[0];
       const horizontal = point.data && point.data.orientation === "h";
       const [name, value] = horizontal ? [point.y, point.x] : [point.x, point.y];
       if (line()) line().textContent = `${name}: ${written(value)}, ${point.data.name}`;
     });
-    gd.on("plotly_unhover", rest);
+    gd.on("plotly_unhover", () => { pointed = null; rest(); });
     gd.on("plotly_afterplot", () => { select(); rest(); });
     gd.on("plotly_relayout", () => { select(); rest(); });
     gd._only = null;
@@ -158,7 +160,7 @@
   function look() {
     waiting = false;
     const gd = graph();
-    if (!gd) { cursor = null; return; }
+    if (!gd) { cursor = pointed = null; return; }
     if (!gd._atlas && gd.on && map(gd)) attach(gd);
     else if (!gd._atlas) again(120);
   }
