@@ -22,6 +22,8 @@ def palette(browser: Any, moe: tuple[str, Path]) -> Any:
         browser.js("document.activeElement.blur()")
     else:
         browser.open(moe[0] + start, READY)
+    browser.wait("!document.querySelector('dialog')")
+    browser.driver.find_element("css selector", "body").click()  # keys go to the page, wherever the last test left them
     ActionChains(browser.driver).key_down(Keys.CONTROL).send_keys("k").key_up(Keys.CONTROL).perform()
     browser.wait("document.activeElement.id === 'palette-text'")
     return browser
