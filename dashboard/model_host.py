@@ -344,7 +344,7 @@ class ModelHost:
             self._loading, self._unload = True, False
         try:
             model = self._load(source)
-        except Exception as failure:
+        except Exception as failure:  # loading may fail in any way; raised below in words
             problem = _not_loaded(source, failure)
             with self._turn:
                 if self._here():
