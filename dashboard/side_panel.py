@@ -18,6 +18,7 @@ def side_panel(identity: str) -> Any:
         trapFocus=False,
         closeOnClickOutside=False,
         returnFocus=False,
+        keepMounted=True,  # mounted only when opened, its parts would show what they held before callbacks changed them
         padding="md",
         className="detail",
         closeButtonProps={"aria-label": "Close"},
