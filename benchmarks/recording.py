@@ -27,7 +27,7 @@ from other_tools import available
 import moescope as ms
 from moescope.probes.forward import DeviceBatch, logits_of, to_device
 from moescope.probes.live_model import LiveModel
-from moescope.probes.record import Recording
+from moescope.probes.recording import Recording
 
 OURS = {
     "moescope: routing": ["routing"],

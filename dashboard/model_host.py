@@ -6,87 +6,22 @@ import gc
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, TypeVar
 
-from moescope.core.errors import InputError, MoescopeError, RunError
-from moescope.dashboard.failures import without_frames
+from moescope.core.errors import InputError, MoescopeError
+from moescope.dashboard.model_loading import bytes_of, load_model, no_model, not_loaded, stoppable, stopped, told
+from moescope.dashboard.model_requests import Replaced, State, Status, Ticket
 from moescope.dashboard.sql.memory_bound import lifted
 
 if TYPE_CHECKING:
     from moescope.probes.live_model import LiveModel
 
 T = TypeVar("T")
-State = Literal["none", "unloaded", "loading", "ready", "busy", "failed"]
 
 _LOG = logging.getLogger("moescope.dashboard")
 _LOOK = 0.2  # seconds between two looks of an asker at whether it still wants its answer
 _PATIENCE = 5.0  # seconds after which something that was stopped and goes on is left behind
-
-
-class Stopped(RunError):  # noqa: N818  stopping is no error; a RunError, so that whatever is under way cleans up after itself
-    """The user stopped what the model was doing."""
-
-
-class Replaced(InputError):  # noqa: N818  nothing went wrong: its asker wants something newer
-    """A newer request of the same asker took this one's place before it began."""
-
-
-@dataclass(frozen=True)
-class Status:
-    """What a page says of the model.
-
-    Attributes:
-        state: `none` (no model chosen), `unloaded`, `loading`, `ready`, `busy` or `failed`.
-        source: what is chosen, as `moescope.load` takes it.
-        words: what it is busy with.
-        seconds: how long it has been in this state.
-        waiting: requests in the line.
-        name: of the loaded model, described in a line; None where none is loaded.
-        memory: bytes of its weights.
-        device: where its inputs go.
-        problem: why it could not be loaded.
-    """
-
-    state: State
-    source: str | None
-    words: str
-    seconds: float
-    waiting: int
-    name: str | None
-    memory: int
-    device: str
-    problem: MoescopeError | None
-
-
-@dataclass(eq=False)
-class _Ticket:
-    """One request: its place in the line, and later its answer."""
-
-    request: Callable[[Any], Any]
-    who: str
-    words: str
-    source: str
-    chosen: bool = True
-    keeps: bool = False
-    over: threading.Event = field(default_factory=threading.Event)
-    stop: threading.Event = field(default_factory=threading.Event)
-    stopped_at: float = 0.0
-    gives_way: bool = False
-    answer: Any = None
-    failure: BaseException | None = None
-
-    def end(self, answer: Any = None, failure: BaseException | None = None) -> None:
-        if not self.over.is_set():
-            if self.gives_way and isinstance(failure, Stopped):
-                failure = Replaced("a newer request took the place of this one")
-            if failure is not None:
-                without_frames(failure)
-            self.answer, self.failure = answer, failure
-            self.over.set()
 
 
 class ModelHost:
@@ -105,10 +40,10 @@ class ModelHost:
 
     def __init__(self, source: str | None = None, *, load: Callable[[str], LiveModel] | None = None) -> None:
         self.source = source
-        self._load = load or _load
+        self._load = load or load_model
         self._turn = threading.Condition()
-        self._line: list[_Ticket] = []
-        self._running: _Ticket | None = None
+        self._line: list[Ticket] = []
+        self._running: Ticket | None = None
         self._loading = self._unload = False
         self._since = time.monotonic()
         self._problem: MoescopeError | None = None
@@ -160,7 +95,7 @@ class ModelHost:
                 raise no_model()
             if self._problem is not None and wanted == self.source:
                 raise self._problem.with_traceback(None)
-            ticket = _Ticket(request, who, words or who, wanted, chosen=source is None, keeps=keeps)
+            ticket = Ticket(request, who, words or who, wanted, chosen=source is None, keeps=keeps)
             self._clear_way(before)
             self._stand(ticket)
         try:
@@ -186,7 +121,7 @@ class ModelHost:
         """Begin to load the chosen model, and do not wait for it."""
         with self._turn:
             if self.source is not None and self._problem is None and self.model is None:
-                self._stand(_Ticket(lambda _model: None, "load", "loading", self.source))
+                self._stand(Ticket(lambda _model: None, "load", "loading", self.source))
 
     def unload(self) -> None:
         """Let go of the model and its memory when what runs has ended; it is loaded again when it is asked something."""
@@ -237,7 +172,7 @@ class ModelHost:
             waiting = len(self._line)
             return Status(state, self.source, words, seconds, waiting, name, memory, device, self._problem)
 
-    def _stand(self, ticket: _Ticket) -> None:
+    def _stand(self, ticket: Ticket) -> None:
         """Put a request into the line, in the place of one of the same asker that waits; the lock is held."""
         for place, waits in enumerate(self._line):
             if waits.who == ticket.who:
@@ -259,7 +194,7 @@ class ModelHost:
             self._running.gives_way, self._running.stopped_at = True, time.monotonic()
             self._running.stop.set()
 
-    def _withdraw(self, ticket: _Ticket) -> None:
+    def _withdraw(self, ticket: Ticket) -> None:
         with self._turn:
             if ticket in self._line:
                 self._line.remove(ticket)
@@ -277,7 +212,7 @@ class ModelHost:
         self._model = self._model_source = self._about = None
         for ticket in gone:
             ticket.stop.set()
-            ticket.end(failure=_stopped())
+            ticket.end(failure=stopped())
 
     def _here(self) -> bool:
         """Whether this thread is still the one that works."""
@@ -315,7 +250,7 @@ class ModelHost:
             self._unload = False
         gc.collect()
 
-    def _serve(self, ticket: _Ticket) -> None:
+    def _serve(self, ticket: Ticket) -> None:
         try:
             if ticket.chosen and ticket.source != self.source:
                 raise InputError("another model was chosen while this waited", fix="ask again")
@@ -326,7 +261,7 @@ class ModelHost:
                 del model  # two of them may not fit
                 gc.collect()
                 model = self._ready(ticket.source)
-            with _stoppable(model, ticket.stop):
+            with stoppable(model, ticket.stop):
                 answer = ticket.request(model)
             ticket.end(answer)
         except BaseException as failure:  # noqa: BLE001  whatever it was, its asker must hear it, and the next have their turn
@@ -334,7 +269,7 @@ class ModelHost:
                 if not isinstance(failure, MoescopeError):
                     self._let_go_or_log()
             finally:
-                ticket.end(failure=_told(failure))
+                ticket.end(failure=told(failure))
 
     def _ready(self, source: str) -> LiveModel:
         """The model, loaded where it is not."""
@@ -345,17 +280,17 @@ class ModelHost:
         try:
             model = self._load(source)
         except Exception as failure:  # loading may fail in any way; raised below in words
-            problem = _not_loaded(source, failure)
+            problem = not_loaded(source, failure)
             with self._turn:
                 if self._here():
                     self._failed(source, problem)
             raise problem from failure
         with self._turn:
             if not self._here():
-                raise _stopped()
+                raise stopped()
             self._loading, self._since = False, time.monotonic()
             self._model, self._model_source = model, source
-            self._about = (repr(model), _bytes_of(model), str(model.device))
+            self._about = (repr(model), bytes_of(model), str(model.device))
         return model
 
     def _failed(self, source: str, problem: MoescopeError) -> None:
@@ -391,70 +326,3 @@ class ModelHost:
             _LOG.exception("the edits did not come off the model, which is loaded anew")
             return False
         return True
-
-
-def no_model() -> InputError:
-    """The refusal where no model is chosen."""
-    return InputError(
-        "no model is chosen",
-        expected="one that moescope.load takes, for instance demo",
-        fix="choose one on the page Lab, or start with moescope dashboard STORE --model demo",
-    )
-
-
-def from_hub(source: str) -> bool:
-    """Whether a source is neither the bundled model nor anything on this disk, so that loading it may fetch it."""
-    return source != "demo" and not Path(source).exists()
-
-
-def _load(source: str) -> LiveModel:
-    import moescope as ms
-
-    return ms.load(source)
-
-
-@contextmanager
-def _stoppable(model: LiveModel, stop: threading.Event) -> Iterator[None]:
-    """While the context lasts, the model raises before its next pass or block once `stop` is set."""
-
-    def look(_module: Any, _inputs: Any) -> None:
-        if stop.is_set():
-            raise _stopped()
-
-    paths = dict.fromkeys(("", *getattr(model.anatomy, "block_paths", ())))
-    handles = [model.module.get_submodule(path).register_forward_pre_hook(look) for path in paths]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _stopped() -> Stopped:
-    return Stopped("this was stopped", fix="ask again; the model is ready for it")
-
-
-def _not_loaded(source: str, failure: Exception) -> MoescopeError:
-    if isinstance(failure, MoescopeError):
-        failure.fix = failure.fix or "choose another model, or correct this one's name"
-        return failure
-    _LOG.error("%s could not be loaded", source, exc_info=failure)
-    found = f"{type(failure).__name__}: {' '.join(str(failure).split())[:400]}"
-    return InputError(f"{source} could not be loaded", found=found, fix="choose another model, or try again")
-
-
-def _told(failure: BaseException) -> BaseException:
-    """What the asker is told: failures of the model in moescope's words, everything else as it is."""
-    if isinstance(failure, MoescopeError) or not isinstance(failure, Exception):
-        return failure
-    _LOG.error("a request of the model failed", exc_info=failure)
-    from moescope.probes.failures import explained
-
-    problem: RunError = explained(failure)
-    problem.__cause__ = failure
-    return problem
-
-
-def _bytes_of(model: LiveModel) -> int:
-    module = model.module
-    return sum(t.numel() * t.element_size() for t in (*module.parameters(), *module.buffers()))

@@ -16,7 +16,7 @@ from moescope.probes.batches import Batch
 from moescope.probes.passes import BatchSteps, Passes, joined
 from moescope.probes.peak_memory import Peak, free_host, watched
 from moescope.probes.probe import Probe
-from moescope.probes.record import Recording
+from moescope.probes.recording import Recording
 from moescope.store.writer import BatchRecords, RunWriter
 
 _STRATA = 5

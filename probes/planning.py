@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from moescope.core.bar import stages
 from moescope.core.errors import InputError, MoescopeError, RunError
 from moescope.core.sites import Site
 from moescope.probes.batches import Batch
@@ -23,7 +24,7 @@ from moescope.probes.peak_memory import free_device, free_host, resident
 from moescope.probes.plan import Plan
 from moescope.probes.plan_budget import Choice, read_bytes, within, written_bytes
 from moescope.probes.probe_costs import probe_seconds, vector_shapes
-from moescope.probes.record import Recording
+from moescope.probes.recording import Recording
 from moescope.probes.run_estimate import RunEstimate
 from moescope.probes.selfcheck import first_look
 from moescope.store.measured_bytes import measured_floats
@@ -60,7 +61,7 @@ def plan(
             vectors of some of the tokens, then the dearest probe; the plan says what is lost.
         store: where the run would be recorded, to see how much room there is, and whether it would be the first there. It is
             neither opened nor made.
-        progress: say on stderr what is being done.
+        progress: say what is being done, on stderr or in the notebook.
 
     Returns:
         The plan: `plan.bytes`, `.seconds`, `.memory_bytes`, and `.df()` for the part of each probe.
@@ -77,7 +78,7 @@ def plan(
     """
     limit = None if budget is None else read_bytes(budget)
     free_disk = _free_disk(Path(store).parent)
-    with _told(progress) as say, tempfile.TemporaryDirectory() as scratch:
+    with stages("planning", shown=progress) as say, tempfile.TemporaryDirectory() as scratch:
         say("checking the model")
         with Store(Path(scratch) / "plan.duckdb") as thrown_away:
             recording = Recording(
@@ -182,14 +183,3 @@ def _explained() -> Iterator[None]:
             found=f"{type(failure).__name__}: {' '.join(str(failure).split())[:400]}",
             fix="see the cause above with --debug; a recording would fail in the same way",
         ) from failure
-
-
-@contextmanager
-def _told(progress: bool) -> Iterator[Callable[[str], None]]:
-    if not progress:
-        yield lambda _: None
-        return
-    from rich.console import Console
-
-    with Console(stderr=True).status("planning …") as status:
-        yield lambda stage: status.update(f"planning: {stage} …")

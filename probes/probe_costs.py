@@ -15,7 +15,7 @@ from moescope.probes.forward import time_plain, to_device
 from moescope.probes.generation import continue_greedily
 from moescope.probes.measured_pass import records_of, wait_for
 from moescope.probes.passes import Passes
-from moescope.probes.record import Recording
+from moescope.probes.recording import Recording
 from moescope.store.run_shapes import VectorShape
 from moescope.store.vector_shards import DTYPES
 from moescope.store.writer import BatchRecords

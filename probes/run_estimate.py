@@ -16,7 +16,7 @@ from moescope.probes.measured_pass import Measured
 from moescope.probes.plan import Cost, Plan
 from moescope.probes.plan_budget import VECTORS, Choice
 from moescope.probes.probe_costs import FORWARD
-from moescope.probes.record import Recording
+from moescope.probes.recording import Recording
 from moescope.store.run_shapes import RouterShape, RunShape, VectorShape
 from moescope.store.sizes import TABLES_OF, RunBytes, run_bytes
 from moescope.store.vector_sampling import sampled

@@ -13,7 +13,8 @@ from moescope.core.errors import InputError, MoescopeError
 from moescope.core.intervention import Intervention
 from moescope.dashboard.lab.bench import Bench, RefusedEditError
 from moescope.dashboard.lab.lines import read_all, told
-from moescope.dashboard.model_host import ModelHost, Replaced, Stopped
+from moescope.dashboard.model_host import ModelHost
+from moescope.dashboard.model_requests import Replaced, Stopped
 
 if TYPE_CHECKING:
     from moescope.probes.live_model import LiveModel

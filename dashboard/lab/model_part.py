@@ -10,7 +10,8 @@ from dash import Input, Output, State, ctx, html
 from moescope.core.errors import InputError
 from moescope.dashboard import notices
 from moescope.dashboard.browser import HIDDEN
-from moescope.dashboard.model_host import ModelHost, Status
+from moescope.dashboard.model_host import ModelHost
+from moescope.dashboard.model_requests import Status
 from moescope.dashboard.services import Services
 
 _ICONS = {"none": "○", "unloaded": "○", "loading": "◌", "ready": "●", "busy": "◐", "failed": "✕"}

@@ -22,7 +22,8 @@ from moescope.dashboard.lab.bench import Bench
 from moescope.dashboard.lab.lines import as_command, as_python, for_address, read_all, row, row_of
 from moescope.dashboard.lab.measuring import Asked, Measuring, texts_for
 from moescope.dashboard.lab.model_part import choose_demo
-from moescope.dashboard.model_host import Replaced, no_model
+from moescope.dashboard.model_loading import no_model
+from moescope.dashboard.model_requests import Replaced
 from moescope.dashboard.services import Services
 from moescope.store.store import Store
 

@@ -118,6 +118,20 @@ EXAMPLES: tuple[Example, ...] = (
         y="entropy_nats",
     ),
     _example(
+        "Experts that write most for each token they take",
+        """
+        SELECT layer, expert, avg(weight * norm) AS weighted_norm, avg(norm) AS norm, count(*) AS decisions
+        FROM decision_outputs
+        WHERE run_id = $run AND block = 'mlp'
+        GROUP BY ALL
+        ORDER BY weighted_norm DESC
+        """,
+        chart="heat",
+        x="expert",
+        y="layer",
+        z="weighted_norm",
+    ),
+    _example(
         "Size of the residual stream by layer",
         """
         SELECT layer, median(norm) AS median_norm, max(norm) AS largest, count(*) AS tokens

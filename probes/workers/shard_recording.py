@@ -11,7 +11,7 @@ from moescope.probes.batches import Batch
 from moescope.probes.corpus import Corpus
 from moescope.probes.live_model import LiveModel
 from moescope.probes.probe import Probe
-from moescope.probes.record import Recording
+from moescope.probes.recording import Recording
 from moescope.probes.routing_rule import BoundRule
 from moescope.store.run import Run
 from moescope.store.store import Store

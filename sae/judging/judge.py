@@ -14,8 +14,6 @@ from numpy.typing import NDArray
 
 from moescope.core.errors import InputError, MoescopeError
 from moescope.probes.claim import claimed
-from moescope.probes.corpus import Corpus
-from moescope.probes.effects.baseline import baseline
 from moescope.probes.failures import explained
 from moescope.probes.live_model import LiveModel
 from moescope.probes.progress import RunProgress
@@ -24,6 +22,7 @@ from moescope.sae.belonging import check_belongs
 from moescope.sae.data.trained_with import TrainedWith
 from moescope.sae.judging.ablation import ablated, ablation_rows, can_ablate
 from moescope.sae.judging.absorption import absorption_rows
+from moescope.sae.judging.asked import check_asked, check_run, run_to_judge_on
 from moescope.sae.judging.controls import Own, Reconstruction, controls_for, principal_components, random_rows
 from moescope.sae.judging.latents import decoder_rows, firing, latent_rows
 from moescope.sae.judging.probing import Code, Question, probe_rows
@@ -131,11 +130,11 @@ def judge(
         >>> with ms.Store("runs.duckdb") as store:  # doctest: +SKIP
         ...     judge(load_autoencoder(store, "mine"), ms.load("demo"), store).value("fvu")
     """
-    _check(autoencoder, store, tokens=tokens, live_tokens=live_tokens, ablations=ablations, controls=controls)
+    check_asked(autoencoder, store, tokens=tokens, live_tokens=live_tokens, ablations=ablations, controls=controls)
     if model is not None:
         check_belongs(autoencoder, model, force=force)
-    chosen = _run_of(autoencoder, model, store, run, corpus, seed=seed, progress=progress)
-    _check_run(autoencoder, model, chosen, force=force)
+    chosen = run_to_judge_on(autoencoder, model, store, run, corpus, seed=seed, progress=progress)
+    check_run(autoencoder, model, chosen, force=force)
     judging = _Judging(
         autoencoder, model, chosen, tokens, live_tokens, ablations, controls, held_out, skip_first, seed, progress
     )
@@ -346,57 +345,3 @@ def _model_runs(model: LiveModel, name: str) -> Iterator[None]:
             raise
         except Exception as failure:  # whatever a model may raise, told as its failure
             raise explained(failure) from failure
-
-
-def _check(autoencoder: Autoencoder, store: Store, **counts: int) -> None:
-    if store.read_only:
-        raise InputError(f"{store.path} is open for reading only", fix="open it with Store(path)")
-    if counts["ablations"] < 0 or min(n for name, n in counts.items() if name != "ablations") < 1:
-        raise InputError(
-            "tokens, live_tokens and controls are 1 or more, ablations 0 or more",
-            found=", ".join(f"{name} {n}" for name, n in counts.items()),
-        )
-    if not store.fetch("SELECT 1 FROM saes WHERE sae_id = ?", [autoencoder.sae_id]):
-        raise InputError(
-            f"{autoencoder.name} is not in {store.path}",
-            fix="load it into the store first: from_disk(folder, store=store), published(release, sae_id, store=store)",
-        )
-
-
-def _run_of(
-    autoencoder: Autoencoder,
-    model: LiveModel | None,
-    store: Store,
-    run: Run | str | None,
-    corpus: Any,
-    *,
-    seed: int,
-    progress: bool,
-) -> Run:
-    if run is not None:
-        return store.run(run) if isinstance(run, str) else run
-    if corpus is not None:
-        if model is None:
-            raise InputError("a corpus can only be judged on with a model", fix="pass the model, or a run")
-        return baseline(model, Corpus.load(corpus), store, seed=seed, progress=progress)
-    trained_on = autoencoder.row.get("trained_on")
-    found = next((r for r in store.runs() if str(r.run_id) == str(trained_on)), None)
-    if found is None:
-        raise InputError(
-            f"{autoencoder.name} was trained on no run of {store.path}",
-            fix="say what to judge it on: a run (--run), or a corpus (--data)",
-        )
-    return found
-
-
-def _check_run(autoencoder: Autoencoder, model: LiveModel | None, run: Run, *, force: bool) -> None:
-    if run.status == "failed":
-        raise InputError(f"run {run.name!r} failed", fix="record it again, or name another")
-    named = autoencoder.row.get("model") if model is None else model.name
-    if not force and named is not None and run.model != named:
-        raise InputError(
-            f"run {run.name!r} is of another model",
-            expected=str(named),
-            found=run.model,
-            fix="name a run of that model, or force it (force=True, --force)",
-        )

@@ -18,7 +18,8 @@ from moescope.dashboard.app import create_app
 from moescope.dashboard.lab.asking import Asking
 from moescope.dashboard.lab.bench import Bench
 from moescope.dashboard.lab.measuring import Asked, Measuring
-from moescope.dashboard.model_host import ModelHost, Stopped
+from moescope.dashboard.model_host import ModelHost
+from moescope.dashboard.model_requests import Stopped
 from moescope.dashboard.services import services_of
 from moescope.store.store import Store
 

@@ -13,7 +13,9 @@ from typing import Any
 import pytest
 
 from moescope.core.errors import InputError, RunError
-from moescope.dashboard.model_host import ModelHost, Replaced, Stopped, from_hub
+from moescope.dashboard.model_host import ModelHost
+from moescope.dashboard.model_loading import from_hub
+from moescope.dashboard.model_requests import Replaced, Stopped
 
 
 @pytest.fixture

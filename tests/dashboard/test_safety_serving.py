@@ -19,7 +19,7 @@ from moescope.core.errors import InputError, MoescopeError, StoreError
 from moescope.dashboard import guards
 from moescope.dashboard.access import Access, checked_token, cookie_name, new_token
 from moescope.dashboard.app import create_app
-from moescope.dashboard.model_host import Stopped
+from moescope.dashboard.model_requests import Stopped
 from moescope.dashboard.serve import open_store, serve, url
 from moescope.dashboard.services import services_of
 from moescope.store.locking import is_locked
