@@ -9,12 +9,17 @@ from collections.abc import Iterator
 from typing import Generic, TypeVar
 
 from moescope.core.errors import InputError
+from moescope.core.plugins import load_plugins
 
 T = TypeVar("T")
+
+_MANY = 40  # names that a message still lists where some of them are near
 
 
 class Registry(Generic[T]):
     """Named items of one kind, collected from the modules of some packages the first time they are asked for.
+
+    Packages of others join in by an entry point of the group `moescope` (`moescope.core.plugins`).
 
     Args:
         kind: what an item is called in messages, singular ("analysis").
@@ -48,10 +53,13 @@ class Registry(Generic[T]):
         self._discover()
         if name not in self._items:
             near = difflib.get_close_matches(name, self._items, n=3, cutoff=0.4)
+            near += [other for other in sorted(self._items) if name and name in other and other not in near][:5]
+            told = near if near and len(self._items) > _MANY else sorted(self._items)
+            more = f" (of {len(self._items)})" if len(told) < len(self._items) else ""
             raise InputError(
                 f"there is no {self.kind} called {name!r}",
-                expected=f"one of {', '.join(sorted(self._items)) or '(none installed)'}",
-                fix=f"did you mean {' or '.join(repr(n) for n in near)}?" if near else None,
+                expected=f"one of {', '.join(told) or '(none installed)'}{more}",
+                fix=f"did you mean {' or '.join(repr(n) for n in near[:3])}?" if near else None,
             )
         return self._items[name]
 
@@ -77,6 +85,8 @@ class Registry(Generic[T]):
                 # Kernels register nothing, and loading their compiler takes time.
                 if not module.name.endswith(("_kernel", "_kernels")):
                     importlib.import_module(module.name)
+        if self._packages:
+            load_plugins()
         self._discovered = True
 
 
