@@ -101,6 +101,62 @@ FAMILIES: dict[str, tuple[str, str, dict[str, Any]]] = {
 MOE_FAMILIES = ("qwen3_moe", "olmoe", "mixtral", "qwen2_moe", "deepseek_v3")
 
 
+# Part of the suite → folders and files that belong to it, and the minutes on two cores that it may take without slow tests.
+PARTS: dict[str, tuple[tuple[str, ...], float]] = {
+    "families": (("parity/", "probes/families/", "probes/test_attention_every_family.py"), 3),
+    "store": (("store/",), 3),
+    "pages": (("ui/", "dashboard/"), 4),
+    "spine": (("core/", "cli/", "probes/", "test_"), 3),
+    "the rest": (("",), 5),
+}
+_EVERY_FAMILY = ("parity/test_every_family.py", *PARTS["families"][0][1:], "probes/edits/test_edit_families.py")
+_PREFERRED = ("deepseek_v3", "qwen3_moe", "mixtral", "deepseek_v2", "gpt_oss", "glm4_moe")
+
+
+def _distinct_routers() -> tuple[set[str], set[str]]:
+    """Model types with experts, and of those one for each way of routing, as the table in docs/families.md tells them apart."""
+    table = (Path(__file__).parents[1] / "docs" / "families.md").read_text(encoding="utf-8")
+    rows = [
+        [cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines() if line.startswith("| ")
+    ]
+    ways: dict[tuple[str, ...], list[str]] = {}
+    for name, _, _, *way in rows[2:]:
+        ways.setdefault(tuple(way), []).append(name)
+    chosen = {next((name for name in _PREFERRED if name in names), names[0]) for names in ways.values()}
+    return {name for names in ways.values() for name in names}, chosen
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Of tests over every family, those of families that route like another one are slow ones."""
+    known, chosen = _distinct_routers()
+    for item in items:
+        given = getattr(item, "callspec", None)
+        if given is None or not _inside(item.nodeid).startswith(_EVERY_FAMILY):
+            continue
+        if any(isinstance(value, str) and value in known - chosen for value in given.params.values()):
+            item.add_marker(pytest.mark.slow)
+
+
+def _inside(nodeid: str) -> str:
+    return nodeid.removeprefix("tests/")
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    """How many minutes of the machine each part of the suite took, beside what it may take."""
+    took = dict.fromkeys(PARTS, 0.0)
+    for reports in terminalreporter.stats.values():
+        for report in reports:
+            if isinstance(report, pytest.TestReport):
+                part = next(name for name, (places, _) in PARTS.items() if _inside(report.nodeid).startswith(places))
+                took[part] += report.duration
+    workers = getattr(config.option, "numprocesses", None) or 1
+    if sum(took.values()) > 60:
+        told = (f"{part} {seconds / workers / 60:.1f} (of {PARTS[part][1]:g})" for part, seconds in took.items())
+        terminalreporter.write_line(
+            f"minutes on {workers} cores: {', '.join(told)}; a run with slow tests takes longer"
+        )
+
+
 @pytest.fixture(scope="session")
 def tiny_model() -> Callable[..., Any]:
     """`tiny_model(family, dtype="float32", experts=None, seed=0, **config)`: a module whose every weight is drawn anew."""

@@ -92,6 +92,7 @@ def test_recording_leaves_logits_of_the_demo_model_identical(dtype: str, batch_s
     assert_identical(calls, AutoModelForCausalLM.from_pretrained(MODEL_DIR, dtype=getattr(torch, dtype)))
 
 
+@pytest.mark.slow
 def test_recording_leaves_logits_of_smollm2_identical_on_a_few_tokens(smollm2: Any, store: Any) -> None:
     with noted_calls(smollm2.module) as calls:
         run = ms.record(smollm2, ["Once upon a time", "Hi"], store, name="run", progress=False)

@@ -127,10 +127,10 @@ def test_analysis_of_a_run_without_records_is_refused(name: str, store: Store) -
         analyze(run, name)
 
 
-SIZES = [(1, 1), (2, 6), (64, 256)]
+SIZES = {"1x1": (1, 1), "2x6": (2, 6), "64x256": pytest.param((64, 256), marks=pytest.mark.slow)}
 
 
-@pytest.fixture(scope="module", params=SIZES, ids=[f"{layers}x{experts}" for layers, experts in SIZES])
+@pytest.fixture(scope="module", params=SIZES.values(), ids=SIZES)
 def sized(request: pytest.FixtureRequest, plant: Plant, planted: ModuleType) -> Run:
     layers, n_experts = request.param
     tokens = 40 if layers == 64 else 36

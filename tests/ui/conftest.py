@@ -54,6 +54,7 @@ class Browser:
             "Emulation.setDeviceMetricsOverride",
             {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": False},
         )
+        self.driver.implicitly_wait(10)  # for what is clicked or typed into
 
     def open(self, url: str, ready: str) -> float:
         """Go to a page and wait until the script `ready` is true; seconds from navigation to then."""
@@ -64,7 +65,7 @@ class Browser:
         self.wait(ready)
         return time.perf_counter() - begun
 
-    def wait(self, script: str, seconds: float = 20) -> Any:
+    def wait(self, script: str, seconds: float = 40) -> Any:
         """Wait until a script gives something true, and give that."""
         end = time.monotonic() + seconds
         while time.monotonic() < end:
@@ -73,8 +74,18 @@ class Browser:
             time.sleep(0.02)
         raise AssertionError(f"never true: {script}\npage: {self.js('return document.body.innerText')[:800]}")
 
-    def js(self, script: str, *arguments: Any) -> Any:
-        return self.driver.execute_script(script if "return" in script else f"return {script}", *arguments)
+    def js(self, script: str, *arguments: Any, seconds: float = 10) -> Any:
+        """What a script gives; one that meets something not there yet is asked again, as a person would look again."""
+        from selenium.common.exceptions import JavascriptException
+
+        end = time.monotonic() + seconds
+        while True:
+            try:
+                return self.driver.execute_script(script if "return" in script else f"return {script}", *arguments)
+            except JavascriptException as missed:
+                if "Cannot read properties of" not in str(missed) or time.monotonic() > end:
+                    raise
+                time.sleep(0.05)
 
     def click(self, selector: str) -> None:
         from selenium.webdriver.common.by import By

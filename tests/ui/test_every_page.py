@@ -20,7 +20,11 @@ from moescope.store.store import Store
 pytestmark = pytest.mark.ui
 TIMINGS = logging.getLogger("timings")
 PATHS = [page.path for page in sorted(pages, key=lambda page: page.order)]
-KINDS = ("everything", "moe", "dense", "trace", "incomplete", "empty")
+KINDS = (
+    "everything",
+    *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("moe", "dense", "trace", "incomplete")),
+    "empty",
+)
 
 # The page's heading is there, and no callback is waited for.
 SETTLED = """

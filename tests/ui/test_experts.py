@@ -65,7 +65,7 @@ def test_a_row_and_a_cell_open_the_expert_card_and_its_count_leads_to_the_tokens
     browser.click("#expert-grid .ag-row [col-id=name]")
     assert browser.wait(CARD) == name
     browser.js("document.querySelector('.detail .mantine-Drawer-close').click()")
-    browser.wait("location.search === '?run=planted' && !document.querySelector('.detail-title')")
+    browser.wait("location.search === '?run=planted' && !document.querySelector('.detail-title')?.offsetParent")
     hover(browser, 0.62, 0.75, "L1·E2")
     time.sleep(1)  # the map had another width while the panel was open
     hover(browser, 0.62, 0.75, "L1·E2")

@@ -95,7 +95,9 @@ EVERY = sorted(page.path for page in pages)
 ASKED = ("", f"&label={quote(LABEL)}&sae={quote(NAME)}&q={quote(NAME)}&edits={quote(LABEL)}&tab={quote(NAME)}")
 
 
-@pytest.mark.parametrize("asked", ASKED, ids=["as it opens", "hostile address"])
+@pytest.mark.parametrize(
+    "asked", [pytest.param(ASKED[0], marks=pytest.mark.slow), ASKED[1]], ids=["as it opens", "hostile address"]
+)
 @pytest.mark.parametrize("path", EVERY)
 def test_no_page_runs_what_it_shows(browser: Any, hostile: str, path: str, asked: str) -> None:
     browser.open(f"{hostile}{path}?run={quote(NAME)}{asked}", "document.querySelector('.page-title')")

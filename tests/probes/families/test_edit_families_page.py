@@ -10,6 +10,7 @@ import pytest
 from moescope.probes.families.edit_families import as_markdown, edit_families, refusal_rows
 from moescope.probes.families.support import supported_types
 
+pytestmark = pytest.mark.slow  # every family is built and recorded
 PAGE = Path(__file__).parents[3] / "docs" / "edit-families.md"
 _MEASURED = re.compile(r"\(the nearest: .*?\)")  # shares of tokens, which differ a little between machines
 
@@ -23,7 +24,7 @@ def test_the_documented_lists_are_what_is_found(found: dict) -> None:
     documented = PAGE.read_text(encoding="utf-8")
     lists = documented[documented.index("These ") :]
     assert _MEASURED.sub("", lists) == _MEASURED.sub("", as_markdown(found)), (
-        "write it again: moescope doctor --families --edits --markdown"
+        "write it again: moescope doctor --families --edits --format markdown"
     )
 
 

@@ -8,6 +8,7 @@ import pytest
 
 from moescope.probes.families.support import as_markdown, support_table, supported_types
 
+pytestmark = pytest.mark.slow  # every family is built and recorded
 PAGE = Path(__file__).parents[3] / "docs" / "families.md"
 
 
@@ -23,7 +24,7 @@ def found() -> str:
 
 def test_the_documented_table_is_what_recording_finds(found: str) -> None:
     documented, measured = table_of(PAGE.read_text()), table_of(found)
-    assert documented == measured, "write it again: moescope doctor --families --markdown"
+    assert documented == measured, "write it again: moescope doctor --families --format markdown"
 
 
 def test_every_type_is_in_the_table_and_recorded_completely(found: str) -> None:

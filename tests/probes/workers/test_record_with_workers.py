@@ -90,7 +90,7 @@ def assert_tidy(folder: Path) -> None:
     assert {path.name for path in folder.iterdir()} <= {"runs.duckdb", "runs.duckdb.wal", "runs.vectors"}
 
 
-@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("workers", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_rows_are_those_of_one_recording(
     workers: int, ray_here: Any, store: Store, corpus: list[dict[str, Any]], alone: dict[str, Any]
 ) -> None:
@@ -104,6 +104,7 @@ def test_rows_are_those_of_one_recording(
     assert_tidy(store.path.parent)
 
 
+@pytest.mark.slow
 def test_a_killed_worker_changes_no_row(
     ray_here: Any,
     store: Store,
@@ -165,6 +166,7 @@ def test_what_a_worker_refuses_is_told_here(ray_here: Any, store: Store, corpus:
     assert_tidy(store.path.parent)
 
 
+@pytest.mark.slow
 def test_a_failure_on_the_way_leaves_what_was_recorded(
     ray_here: Any, store: Store, corpus: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
