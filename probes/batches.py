@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -13,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moescope.core.errors import InputError
+from moescope.core.json_data import to_json
 from moescope.core.text import whole_characters
 from moescope.probes.corpus import Corpus, Document
 from moescope.probes.corpus_files import BadRecord
@@ -49,7 +49,7 @@ class Sequence:
         """Every other field of the document as JSON, None where there is none."""
         if not self.document.metadata:
             return None
-        return whole_characters(json.dumps(dict(self.document.metadata), default=str, ensure_ascii=False))
+        return whole_characters(to_json(self.document.metadata))
 
 
 @dataclass(frozen=True)

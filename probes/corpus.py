@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,6 +12,8 @@ from typing import Any
 from moescope.core.errors import InputError
 from moescope.core.text import whole_characters
 from moescope.probes.corpus_files import READERS, BadRecord, Record
+
+_DEEPEST = 100  # levels of lists and objects in a record's fields
 
 
 @dataclass(frozen=True)
@@ -61,8 +64,12 @@ class Corpus:
         text_field, label_field: which fields of a record are text and label.
         skip_bad_lines: leave out records that cannot be read, and count them, instead of stopping at the first.
 
+    Raises:
+        InputError: by `load`, and on the way by whatever walks it: a record that cannot be read, with its line.
+
     Example:
-        >>> corpus = Corpus.load(["First text.", {"text": "Zweiter Text.", "label": "german"}])
+        >>> import moescope as ms
+        >>> corpus = ms.Corpus.load(["First text.", {"text": "Zweiter Text.", "label": "german"}])
         >>> [document.label for document in corpus]
         [None, 'german']
     """
@@ -193,24 +200,42 @@ class Corpus:
                 if ids
                 else BadRecord(record.where, "has no token ids")
             )
-        if not isinstance(text, str):
-            has = ", ".join(map(repr, record.fields)) or "no fields"
-            return BadRecord(
-                record.where,
-                f"has no text: its fields are {has}" if text is None else f"has a {type(text).__name__} as text",
-            )
-        if not text.strip("\ufeff \t\r\n"):
-            return BadRecord(record.where, "has an empty text")
+        if wrong := self._wrong(text, record.fields):
+            return BadRecord(record.where, wrong)
         source = fields.pop("source", None)
         where = whole_characters(str(source)) if source is not None else record.where
         return Document(whole_characters(text), _name(label), where, fields)
 
+    def _wrong(self, text: Any, fields: Mapping[str, Any]) -> str | None:
+        """Why a record is no text, as the end of a sentence; None where it is one."""
+        if text is None:
+            return f"has no text: its fields are {', '.join(map(repr, fields)) or 'no fields'}"
+        if not isinstance(text, str):
+            return f"has a {type(text).__name__} as text"
+        if not text.strip("\ufeff \t\r\n"):
+            return "has an empty text"
+        return f"nests deeper than {_DEEPEST} levels" if _deeper(fields, _DEEPEST) else None
+
     def __repr__(self) -> str:
-        return f"Corpus({self.name!r})"
+        counted = f", {self._facts.documents:,} documents" if self._facts else ""
+        return f"Corpus({self.name!r}{counted})"
+
+    def _repr_html_(self) -> str:
+        from moescope.probes.corpus_display import corpus_html
+
+        return corpus_html(self, self._facts)
 
 
 def _name(label: Any) -> str | None:
     return None if label is None else whole_characters(str(label))
+
+
+def _deeper(value: Any, levels: int) -> bool:
+    """Whether lists and objects lie in each other deeper than so many levels."""
+    if not isinstance(value, (Mapping, list, tuple)):
+        return False
+    inner = value.values() if isinstance(value, Mapping) else value
+    return levels == 0 or any(_deeper(item, levels - 1) for item in inner)
 
 
 def _are_token_ids(ids: Any) -> bool:
@@ -231,13 +256,15 @@ def _item_records(items: Iterable[Any]) -> Iterator[Record | BadRecord]:
 
 
 def _path_records(path: Path) -> Callable[[], Iterator[Record | BadRecord]]:
-    if not path.exists():
+    if not os.path.exists(path):  # unlike Path.exists, False also for names that no system can hold
         raise InputError(
             f"there is no corpus at {path}",
             fix="check the path; a corpus is a .jsonl, .csv, .parquet or .txt file, or a folder of them",
         )
     if path.is_file():
         return _reader(path)
+    if not path.is_dir():
+        raise InputError(f"{path} is no file", found="a pipe or a device", fix="write the texts to a file first")
     files = sorted(f for f in path.rglob("*") if f.is_file() and f.suffix.lower() in READERS)
     if not files:
         raise InputError(f"{path} holds no corpus files", expected=f"files ending in {', '.join(READERS)}")

@@ -74,8 +74,9 @@ def read_parquet(path: Path) -> Iterator[Record | BadRecord]:
         with pq.ParquetFile(path) as file:
             row = 0
             for batch in file.iter_batches(batch_size=2048):
-                for fields in batch.to_pylist():
-                    yield Record(f"{path}, row {row}", fields)
+                for made in _rows(batch):
+                    where = f"{path}, row {row}"
+                    yield BadRecord(where, made) if isinstance(made, str) else Record(where, made)
                     row += 1
     except pa.ArrowException as wrong:
         yield BadRecord(str(path), f"is not a readable Parquet file ({wrong})")
@@ -92,6 +93,18 @@ def read_txt(path: Path) -> Iterator[Record | BadRecord]:
                 piece += 1
         except UnicodeDecodeError as wrong:
             yield BadRecord(str(path), f"is not UTF-8 ({wrong.reason} near byte {wrong.start}); convert it first")
+
+
+def _rows(batch: Any) -> Iterator[dict[str, Any] | str]:
+    """Rows of an Arrow batch as Python values; of a row that Python cannot hold, what is wrong with it."""
+    try:
+        yield from batch.to_pylist()
+    except (ValueError, OverflowError):
+        for place in range(batch.num_rows):
+            try:
+                yield batch.slice(place, 1).to_pylist()[0]
+            except (ValueError, OverflowError) as wrong:
+                yield f"holds a value that cannot be read ({wrong})"
 
 
 READERS: Mapping[str, Callable[[Path], Iterator[Record | BadRecord]]] = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
@@ -13,12 +14,17 @@ from typing import Any
 import duckdb
 
 from moescope.core.errors import InputError, StoreError
-from moescope.core.text import escaped, whole_characters
+from moescope.core.notebook_html import box, grid, heading
+from moescope.core.text import whole_characters
 from moescope.store.compaction import Compacted, compact_file
 from moescope.store.deleting import Deleted, delete_runs
 from moescope.store.opening import concerns_file, explained, open_connection
 from moescope.store.run import UNSAID_END, Run
 from moescope.store.run_sizes import RunSize, run_sizes
+from moescope.store.schema import TABLES
+
+# Runs that are shown: in a line of text, and in a notebook's table.
+_NAMED, _LISTED = 8, 40
 
 
 def check_run_name(name: str) -> None:
@@ -58,8 +64,9 @@ class Store:
             or `locked` also an older one.
 
     Example:
-        >>> import tempfile
-        >>> with Store(Path(tempfile.mkdtemp()) / "runs.duckdb") as store:
+        >>> import pathlib, tempfile
+        >>> import moescope as ms
+        >>> with ms.Store(pathlib.Path(tempfile.mkdtemp()) / "runs.duckdb") as store:
         ...     store.sql("SELECT count(*) FROM runs").fetchall()
         [(0,)]
     """
@@ -76,6 +83,7 @@ class Store:
         self.path = Path(path)
         self.read_only = read_only
         self._folders, self._locked, self._memory = [Path(folder) for folder in folders], locked, memory
+        self._made = not read_only and not os.path.exists(self.path)
         self._connection: duckdb.DuckDBPyConnection | None = self._opened()
         if not read_only:
             self._close_abandoned_runs()
@@ -92,11 +100,20 @@ class Store:
         return self.connection.cursor()
 
     def sql(self, query: str, parameters: Mapping[str, Any] | Sequence[Any] | None = None) -> duckdb.DuckDBPyRelation:
-        """Run one query and give a DuckDB relation (`.df()`, `.arrow()`, `.pl()`, `.fetchall()`).
+        """Run one query and give a DuckDB relation (`.df()`, `.pl()`, `.to_arrow_table()`, `.fetchall()`).
 
         Args:
             query: SQL; parameters as `$name` or `?`.
             parameters: their values.
+
+        Raises:
+            InputError: the query is none, or asks for a table, column or file that is not there.
+
+        Example:
+            >>> import tempfile
+            >>> with Store(Path(tempfile.mkdtemp()) / "runs.duckdb") as store:
+            ...     store.sql("SELECT $n + 1 AS next", {"n": 6}).df()["next"].tolist()
+            [7]
         """
         try:
             return self.cursor().sql(query, params=parameters)
@@ -260,6 +277,12 @@ class Store:
             self.path, read_only=self.read_only, folders=self._folders, locked=self._locked, memory=self._memory
         )
 
+    def _is_empty(self) -> bool:
+        """Whether no table but the store's own has a row."""
+        tables = [table.name for table in TABLES if table.name != "store_info"]
+        rows = " UNION ALL ".join(f'SELECT 1 FROM "{name}"' for name in tables)
+        return self._connection is not None and not self._connection.execute(f"{rows} LIMIT 1").fetchall()
+
     def _failed(self, refused: duckdb.Error) -> InputError:
         text = str(refused)
         if "file system operations are disabled" in text:
@@ -308,19 +331,39 @@ class Store:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
+        # A file that was made only for something that was then refused goes again.
+        unused = self._made and kind is not None and issubclass(kind, InputError) and self._is_empty()
         self.close()
+        if unused:
+            self.path.unlink(missing_ok=True)
 
     def __repr__(self) -> str:
         if self._connection is None:
             return f"Store({str(self.path)!r}, closed)"
-        runs = ", ".join(f"{run.name} ({run.status})" for run in self.runs())
-        return f"Store({str(self.path)!r}: {runs or 'no runs yet'})"
+        found = self._listed()
+        runs = ", ".join(f"{name} ({status})" for name, status, *_ in found[:_NAMED])
+        more = f", … {len(found) - _NAMED} more" if len(found) > _NAMED else ""
+        return f"Store({str(self.path)!r}: {runs or 'no runs yet'}{more})"
 
     def _repr_html_(self) -> str:
         if self._connection is None:
-            return escaped(repr(self))
-        rows = "".join(
-            f"<tr><td>{escaped(r.name)}</td><td>{escaped(r.status)}</td><td>{escaped(str(r.model))}</td></tr>"
-            for r in self.runs()
-        )
-        return f"<div><b>{escaped(str(self.path))}</b><table><tr><th>run</th><th>status</th><th>model</th></tr>{rows}</table></div>"
+            return box(heading(f"Store {self.path}", "closed"))
+        found = self._listed()
+        columns = ("run", "status", "model", "tokens", "begun (UTC)")
+        size = f"{self.path.stat().st_size / 1e6:,.1f} MB" if self.path.exists() else ""
+        told = [f"{len(found):,} run{'s' * (len(found) != 1)}", size, "open for reading only" if self.read_only else ""]
+        more = f"<p>{len(found) - _LISTED:,} more: <code>.runs()</code></p>" if len(found) > _LISTED else ""
+        table = grid(found[:_LISTED], columns, numbers=("tokens",)) if found else ""
+        return box(heading(f"Store {self.path}", " · ".join(filter(None, told))), table, more)
+
+    def _listed(self) -> list[tuple[Any, ...]]:
+        """Name, status, model, tokens and begin of each run, oldest first."""
+        query = """
+            SELECT name, status, model, CAST(summary->>'tokens' AS BIGINT), strftime(started_at, '%Y-%m-%d %H:%M')
+            FROM runs
+            ORDER BY started_at, name
+        """
+        found = self.fetch(query)
+        if self.read_only:  # nobody records into a file that others may read
+            return [(name, "incomplete" if status == "running" else status, *rest) for name, status, *rest in found]
+        return found

@@ -140,7 +140,7 @@ def _several(value: Any, hint: Any, field: str) -> tuple[Any, ...]:
 def _finite(value: Any, field: str) -> float:
     try:
         number = float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         number = math.nan
     if not math.isfinite(number):
         raise InputError(f"{field} cannot be {_short(value)}", expected=_NAMES[float])

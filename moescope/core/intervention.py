@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,9 +13,10 @@ from moescope.core.atomic import written_whole
 from moescope.core.edit import Edit, edits
 from moescope.core.edit_values import field_types, packed, unpacked
 from moescope.core.errors import InputError
-from moescope.core.text import escaped
+from moescope.core.notebook_html import box, grid, heading
 
 _FORMAT = 1
+_SHOWN = 40  # edits in a notebook
 _KEYS = ("format", "name", "anatomy", "edits")
 
 
@@ -39,10 +41,10 @@ class Intervention:
         InputError: something that is not an edit.
 
     Example:
-        >>> from moescope.edits import Ablate, Add
-        >>> cut = Intervention([Ablate(layer=3, experts=[5, 9])], name="cut")
-        >>> both = cut + Intervention([Ablate(layer=4, experts=0, how="route_around")])
-        >>> len(both), both.edits[1].how, Intervention.from_json(both.to_json()) == both
+        >>> import moescope as ms
+        >>> cut = ms.Intervention([ms.edits.Ablate(layer=3, experts=[5, 9])], name="cut")
+        >>> both = cut + ms.Intervention([ms.edits.Ablate(layer=4, experts=0, how="route_around")])
+        >>> len(both), both.edits[1].how, ms.Intervention.from_json(both.to_json()) == both
         (2, 'route_around', True)
     """
 
@@ -133,9 +135,13 @@ class Intervention:
     def from_json(cls, text: str) -> Intervention:
         """Read what `to_json` gave; raises `InputError` as `from_data` does, and for text that is no JSON."""
         try:
-            return cls.from_data(json.loads(text))
-        except json.JSONDecodeError as broken:
+            data = json.loads(text)
+        except (ValueError, RecursionError) as broken:  # a number of thousands of digits is no JSONDecodeError
             raise InputError("this is no intervention", expected="JSON", found=str(broken)) from broken
+        try:
+            return cls.from_data(data)
+        except RecursionError as deep:
+            raise InputError("this is no intervention", found="lists that lie in each other too deep") from deep
 
     def save(self, path: str | Path) -> None:
         """Write it to a file, whole or not at all."""
@@ -150,6 +156,10 @@ class Intervention:
             InputError: no such file, or one that is no intervention; the file is named.
         """
         try:
+            if os.path.exists(path) and not Path(path).is_file():
+                raise InputError(
+                    "this is no file", expected="a saved intervention", found="a folder, a pipe or a device"
+                )
             return cls.from_json(Path(path).read_text(encoding="utf-8"))
         except (OSError, UnicodeDecodeError) as unread:
             raise InputError(f"cannot read {path}", expected="a saved intervention", found=str(unread)) from unread
@@ -164,9 +174,13 @@ class Intervention:
         return f"Intervention([{listed}]{name})"
 
     def _repr_html_(self) -> str:
-        rows = "".join(f"<tr><td>{i}</td><td>{escaped(repr(edit))}</td></tr>" for i, edit in enumerate(self.edits))
-        title = escaped(self.name or "Intervention") + ("" if self.edits else ": no edit")
-        return f"<div><b>{title}</b><table>{rows}</table></div>"
+        rows = [(i, type(edit).__name__, edit.told()) for i, edit in enumerate(self.edits[:_SHOWN])]
+        title = f"Intervention {self.name}" if self.name else "Intervention"
+        told = [f"{len(self)} edit{'s' * (len(self) != 1)}" if self.edits else "no edit"]
+        told += [f"for the anatomy {self.anatomy}"] if self.anatomy else []
+        more = f"<p>{len(self) - _SHOWN:,} more edits: <code>.edits</code></p>" if len(self) > _SHOWN else ""
+        table = grid(rows, ("", "edit", "fields"), numbers=("",)) if rows else ""
+        return box(heading(title, ", ".join(told)), table, more)
 
     def _with(self, **changes: Any) -> Intervention:
         kept = {"edits": self.edits, "name": self.name, "anatomy": self.anatomy} | changes

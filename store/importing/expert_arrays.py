@@ -41,7 +41,7 @@ def as_ids(values: Any, called: object) -> NDArray[np.int64]:
         raise InputError(
             f"{called} holds lists of different lengths", expected="expert ids [token, layer, k]"
         ) from ragged
-    if array.ndim != 3 or (array.dtype.kind not in "iu" and array.size):
+    if array.ndim != 3 or array.dtype.kind not in ("iu" if array.size else "iuf"):
         raise InputError(
             f"{called} is not an array of expert ids",
             expected="integers [token, layer, k]",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 import uuid
 from collections.abc import Callable, Sequence
@@ -102,6 +103,8 @@ def import_trace(
     path = Path(source) if isinstance(source, str) else source
     options = Options(n_experts, top_k, n_null, tuple(layers) if layers is not None else None, probabilities, normalize)
     _check(store, name, format, options)
+    if isinstance(path, Path):
+        _check_path(path, format)
     return _Import(store, path, name, options, label, model, tell or (lambda _: None)).run(format or find_format(path))
 
 
@@ -120,6 +123,16 @@ def _check(store: Store, name: str, format_: str | None, options: Options) -> No
     ):
         if value is not None and not least <= value <= 65_536:
             raise InputError(f"{word} cannot be {value}", expected=f"{least} to 65,536")
+
+
+def _check_path(path: Path, format_: str | None) -> None:
+    """Refuse what is not there, and what would never end: pipes and devices."""
+    if not os.path.exists(path):  # unlike Path.exists, False also for names that no system can hold
+        raise InputError(f"there is no file {path}", fix="check the path")
+    if path.is_dir() and format_ not in (None, "neutral"):
+        raise InputError(f"{path} is a folder", expected=f"a file of {format_}")
+    if not path.is_dir() and not path.is_file():
+        raise InputError(f"{path} is no file", found="a pipe or a device", fix="write the trace to a file first")
 
 
 class _Import:

@@ -45,7 +45,7 @@ def read_neutral(source: Any, connection: duckdb.DuckDBPyConnection, options: Op
 def _folder(folder: Path, connection: duckdb.DuckDBPyConnection) -> Trace:
     """Every Parquet file below a folder; of an export, those of `routing`, with what it says of sequences and layers."""
     inside = folder / "routing" if (folder / "routing").is_dir() else folder
-    files = sorted(path for path in inside.rglob("*.parquet") if not path.name.startswith((".", "_")))
+    files = sorted(p for p in inside.rglob("*.parquet") if p.is_file() and not p.name.startswith((".", "_")))
     if not files:
         raise InputError(
             f"{folder} holds no Parquet files", expected="a folder of .parquet files, or an export of moescope"
@@ -64,7 +64,7 @@ def _folder(folder: Path, connection: duckdb.DuckDBPyConnection) -> Trace:
             )
         trace.model = _model(folder)
         for name in ("sequences", "layers"):
-            parts = sorted((folder / name).rglob("*.parquet"))
+            parts = sorted(p for p in (folder / name).rglob("*.parquet") if p.is_file())
             if parts:
                 found = connection.read_parquet([glob_free(path) for path in parts], hive_partitioning=True)
                 setattr(trace, name, found.to_arrow_table() if name == "layers" else found)

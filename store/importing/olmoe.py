@@ -19,7 +19,7 @@ import pyarrow as pa
 from moescope.core.errors import InputError
 from moescope.store.importing.counted import count_table
 from moescope.store.importing.expert_arrays import ArrayRows, as_ids, layer_numbers
-from moescope.store.importing.files import reading
+from moescope.store.importing.files import laid_out, reading
 from moescope.store.importing.pickle_reader import read_pickle
 from moescope.store.importing.pickled_arrays import number_builders, plain
 from moescope.store.importing.router_logits import from_scores
@@ -45,14 +45,16 @@ def read_olmoe(source: Path, connection: duckdb.DuckDBPyConnection, options: Opt
         InputError: the pickle holds more than data, or is laid out otherwise.
     """
     if source.suffix in (".json", ".jsonl"):
-        return _of_results(list(_lines(source)), options, source)
+        with laid_out(source, "the OLMoE analysis does"):
+            return _of_results(list(_lines(source)), options, source)
     with reading(source):
         raw = source.read_bytes()
     try:
         value = plain(read_pickle(raw, called=str(source), builders=number_builders()))
     except (ValueError, RecursionError) as damage:
         raise InputError(f"{source} is damaged", found=str(damage)) from damage
-    return _of_pickle(value, options, source)
+    with laid_out(source, "the OLMoE analysis does"):
+        return _of_pickle(value, options, source)
 
 
 def _of_pickle(value: Any, options: Options, source: Path) -> Trace:
@@ -113,7 +115,7 @@ def _lines(source: Path) -> Iterator[dict[str, Any]]:
         for number, line in enumerate(file, start=1):
             try:
                 found = json.loads(line)
-            except ValueError as bad:
+            except (ValueError, RecursionError) as bad:
                 raise InputError(f"line {number} of {source} is not JSON", found=str(bad)) from bad
             if not isinstance(found, dict) or "exp_ids" not in found:
                 raise InputError(f"line {number} of {source} has no exp_ids", expected="exp_ids [token, k, layer]")

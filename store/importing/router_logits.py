@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from moescope.core.errors import InputError
 from moescope.store.importing.expert_arrays import layer_numbers
-from moescope.store.importing.files import load_arrays
+from moescope.store.importing.files import laid_out, load_arrays
 from moescope.store.importing.trace import Options, Trace, decision_table
 
 _ROWS = 65_536
@@ -44,6 +44,11 @@ def read_router_logits(source: Path, connection: duckdb.DuckDBPyConnection, opti
             fix="pass top_k=… (--top-k), as the model's config has it (num_experts_per_tok)",
         )
     arrays = load_arrays(source)
+    with laid_out(source, "router logits are"):
+        return _of_arrays(arrays, options, source)
+
+
+def _of_arrays(arrays: dict[str, NDArray[Any]], options: Options, source: Path) -> Trace:
     beside = {name: arrays.pop(name) for name in ("attention_mask", "input_ids") if name in arrays}
     return from_scores(_by_layer(arrays, source), options, source, **beside)
 
@@ -64,7 +69,7 @@ def from_scores(
     beside = attention_mask if attention_mask is not None else input_ids
     shape = (1, tokens) if beside is None else np.atleast_2d(beside).shape
     for name, array in (("attention_mask", attention_mask), ("input_ids", input_ids)):
-        if array is not None and np.atleast_2d(array).size != tokens:
+        if array is not None and (np.atleast_2d(array).size != tokens or array.ndim > 2):
             raise InputError(
                 f"{name} of {called} has the shape {list(array.shape)}",
                 expected=f"[sequence, token] of {tokens} tokens",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import duckdb
 
 from moescope.core.errors import InputError
-from moescope.store.importing.files import reading
+from moescope.store.importing.files import laid_out, reading
 from moescope.store.importing.trace import COLUMNS, REQUIRED, Trace
 
 _INTEGERS = {"TINYINT", "SMALLINT", "INTEGER", "BIGINT", "HUGEINT", "UTINYINT", "USMALLINT", "UINTEGER", "UBIGINT"}
@@ -24,7 +24,7 @@ def stage(trace: Trace, connection: duckdb.DuckDBPyConnection, called: object) -
     Raises:
         InputError: a column is missing, or holds something else than it should.
     """
-    with reading(called):
+    with reading(called), laid_out(called, "its format is"):
         rows = _kept(trace, connection)
         types = dict(zip(rows.columns, map(str, rows.types), strict=True))
         _check_columns(types, called)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import struct
 import zipfile
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,10 @@ from moescope.store.importing.pickled_arrays import PickledArray, number_builder
 
 # Numbers that a tensor may repeat (stride 0): a small file must not fill the memory.
 _REPEATED = 1 << 22
+_DAMAGE = (
+    ValueError, KeyError, IndexError, TypeError, AttributeError, OverflowError, RuntimeError, EOFError, MemoryError, zlib.error,
+    struct.error,
+)  # fmt: skip
 # bfloat16 has no type in NumPy: its bits are the upper half of a float32's.
 _BFLOAT16 = "bfloat16"
 _STORAGES: dict[str, str] = {
@@ -43,7 +49,9 @@ def read_torch_file(path: Path) -> Any:
             found=str(bad),
             fix="save it again with a current torch: torch.save(torch.load(path, weights_only=True), path)",
         ) from bad
-    except (ValueError, KeyError, TypeError, RecursionError) as damage:
+    except OSError as refused:
+        raise InputError(f"{path} cannot be read", found=refused.strerror or str(refused)) from refused
+    except _DAMAGE as damage:
         raise InputError(f"{path} is damaged", found=f"{type(damage).__name__}: {damage}") from damage
 
 

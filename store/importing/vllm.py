@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from moescope.core.errors import InputError
 from moescope.store.importing.expert_arrays import ArrayRows, as_ids
-from moescope.store.importing.files import load_arrays, reading
+from moescope.store.importing.files import laid_out, load_arrays, reading
 from moescope.store.importing.trace import Options, Trace
 
 _PROMPT, _ANSWER = "prompt_routed_experts", "routed_experts"
@@ -55,7 +55,7 @@ def read_vllm(source: Path, connection: duckdb.DuckDBPyConnection, options: Opti
     if source.suffix in (".npy", ".npz"):
         stretches = _of_arrays(source)
     else:
-        with reading(source):
+        with reading(source), laid_out(source, "responses of vLLM are"):
             stretches = [
                 s for number, answer in enumerate(_answers(source)) for s in _of_answer(answer, number, source)
             ]
@@ -98,7 +98,7 @@ def _answers(source: Path) -> Iterator[dict[str, Any]]:
     for number, line in enumerate(lines, start=1):
         try:
             found = json.loads(line)
-        except ValueError as bad:
+        except (ValueError, RecursionError) as bad:
             raise InputError(f"line {number} of {source} is not JSON", found=str(bad)) from bad
         for answer in found if isinstance(found, list) else [found]:
             if not isinstance(answer, dict):
