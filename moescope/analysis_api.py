@@ -40,14 +40,27 @@ def analyze(runs: Run | Sequence[Run], name: str, *, allow_incomplete: bool = Fa
 
 
 def analyses() -> pd.DataFrame:
-    """Every analysis: name, what it answers, the records it needs, its parameters with defaults, its source."""
-    import pandas as pd
+    """Every analysis, as a pandas DataFrame with a row each.
 
-    return pd.DataFrame(
+    Returns:
+        Columns: `name`, for `ms.analyze`; `answers`, its question; `section` of a report, empty where it is in none; `needs`,
+        the tables that must hold records; `runs`, how many it takes; `parameters` with their defaults and what they take;
+        `source`, the paper or code that defines it. A notebook shows it by section.
+
+    Example:
+        >>> import moescope as ms
+        >>> listed = ms.analyses()
+        >>> listed.set_index("name").loc["load", ["answers", "needs"]].tolist()
+        ["How evenly is each layer's work shared among its experts?", 'loads']
+    """
+    from moescope.core.analysis_frame import AnalysisFrame
+
+    return AnalysisFrame(
         [
             {
                 "name": a.name,
                 "answers": a.summary,
+                "section": a.section or "",
                 "needs": ", ".join(a.needs),
                 "runs": a.runs,
                 "parameters": ", ".join(f"{p.name}={p.default!r} ({p.describe()})" for p in a.parameters.values()),

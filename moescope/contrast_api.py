@@ -95,7 +95,7 @@ def contrast(
         batch_size, max_length: of the passes.
         draws: bootstrap resamples of prompts.
         seed: of halves, random sets, shuffles and resamples.
-        progress: draw a progress bar on stderr.
+        progress: draw a progress bar, on stderr or in the notebook.
 
     Returns:
         A Result; its table has one row an intervention or control, set and metric, in nats or shares; `null` is the mean of

@@ -1,8 +1,8 @@
 """Edits: every kind of change that can be made while a model runs, as plain data.
 
-    >>> from moescope.edits import Ablate, Intervention
-    >>> cut = Intervention([Ablate(layer=3, experts=[5, 9], how="route_around")], name="without 5 and 9")
-    >>> Intervention.from_json(cut.to_json()) == cut
+    >>> import moescope as ms
+    >>> cut = ms.Intervention([ms.edits.Ablate(layer=3, experts=[5, 9], how="route_around")], name="without 5 and 9")
+    >>> ms.Intervention.from_json(cut.to_json()) == cut
     True
 
 Each edit has `layer` (a number, several, or None for every layer that has what it changes), `positions` (`all`, `prompt`,
@@ -58,3 +58,7 @@ __all__ = [
     "TopK",
     "TopP",
 ]
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -55,7 +55,7 @@ def effect(
         decompose: split the effect into content (every router replays its decisions of the base run) and re-routing.
         keep_run: also record a full run under the intervention, with this name.
         sources: name → autoencoder, for edits that go through one; those left out are loaded from the store.
-        progress: show how far it is, on stderr.
+        progress: show how far it is, on stderr or in the notebook.
 
     Returns:
         The answer of the analysis `effect`, with its figure.

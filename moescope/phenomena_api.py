@@ -71,7 +71,7 @@ def phenomena(
         trials: of the needle protocol; None for about 12.
         generate: tokens written greedily after each of 6 prompts under the writer's cut, for repetition; 0 for none.
         seed: of everything random.
-        progress: draw bars on stderr.
+        progress: draw bars, on stderr or in the notebook.
         tell: called with what it will cost before it begins, and with each step; None for nobody.
 
     Returns:

@@ -91,9 +91,11 @@ def study(
         True
     """
     from moescope.sae.recording import record_vectors
+    from moescope.sae.saelens import need_saelens
     from moescope.sae.training.specs import SaeSpec
     from moescope.sae.training.train import train
 
+    need_saelens()  # told before anything is recorded
     say = tell or (lambda _: None)
     place = Site.parse(site)
     asked = [SaeSpec.parse(text) for text in specs]

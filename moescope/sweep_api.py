@@ -95,7 +95,7 @@ def sweep(
         rows: sequences a pass; as many as a batch has by default.
         seed: of random sets, samples and intervals.
         resume: go on with the same sweep where it was stopped; one that is whole is answered from the store.
-        progress: show how far it is, on stderr.
+        progress: show how far it is, on stderr or in the notebook.
 
     Raises:
         InputError: no such kind, an edit or scores that do not fit the model, a sweep that is stored already.

@@ -43,10 +43,12 @@ def register_moe(
         InputError: something other than a module class.
 
     Example:
+        >>> import torch
+        >>> import moescope as ms
         >>> class MyMoE(torch.nn.Module):
         ...     last_ids: torch.Tensor
         ...     last_weights: torch.Tensor
-        >>> register_moe(MyMoE, lambda moe, inputs, output: (moe.last_ids, moe.last_weights), n_experts=8, top_k=2)
+        >>> ms.register_moe(MyMoE, lambda moe, inputs, output: (moe.last_ids, moe.last_weights), n_experts=8, top_k=2)
     """
     if not (isinstance(layer, type) and issubclass(layer, nn.Module)):
         raise InputError(

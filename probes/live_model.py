@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -11,8 +12,8 @@ import torch
 from torch import nn
 
 from moescope.core.errors import InputError
+from moescope.core.notebook_html import box, heading
 from moescope.core.sites import Site
-from moescope.core.text import escaped
 from moescope.probes.anatomy import Anatomy, find_anatomy
 from moescope.probes.custom_layers import custom_layer
 
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from moescope.core.result import Result
     from moescope.probes.edits.session import Edited
     from moescope.probes.foreign.cache import SiteCache
+    from moescope.probes.routing_rule import RoutingRule
 
 
 class LiveModel:
@@ -31,6 +33,15 @@ class LiveModel:
         tokenizer: its tokenizer, None where the model was loaded for token ids only.
         name: what was loaded.
         revision: commit of the weights, or a digest of local files; None where neither is known.
+
+    Raises:
+        InputError: the module gives no next-token logits, or is of an architecture that is not understood.
+
+    Example:
+        >>> import moescope as ms
+        >>> model = ms.load("demo")
+        >>> model.anatomy.n_experts, str(model.dtype), model.context
+        (16, 'torch.float32', 512)
     """
 
     def __init__(self, module: nn.Module, tokenizer: Any, *, name: str, revision: str | None = None) -> None:
@@ -51,7 +62,12 @@ class LiveModel:
     @cached_property
     def anatomy(self) -> Anatomy:
         """What the model is made of, layer by layer."""
-        return find_anatomy(self.module)
+        return replace(find_anatomy(self.module), rules=self._rules)
+
+    def _rules(self) -> dict[tuple[int, str], RoutingRule]:
+        from moescope.probes.edits.router_rules import rules_of
+
+        return {router: bound.rule for router, bound in rules_of(self).items()}
 
     @property
     def device(self) -> torch.device:
@@ -152,4 +168,7 @@ class LiveModel:
         return f"LiveModel({self.name!r}: {a.architecture}, {a.n_layers} layers, {experts}, {a.parameters / 1e6:,.1f} M parameters)"
 
     def _repr_html_(self) -> str:
-        return f"<b>{escaped(self.name)}</b>{self.anatomy._repr_html_()}"
+        settings = self.settings()
+        told = [self.revision or "", settings["dtype"], settings["device"]]
+        tokenizer = "" if self.tokenizer is not None else "no tokenizer: it takes token ids only"
+        return box(heading(self.name, " · ".join(filter(None, told)), tokenizer), self.anatomy._repr_html_())

@@ -8,10 +8,11 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from moescope.core.result import Result
+from moescope.core.tabular import Tabular
 from moescope.probes.plan_budget import written_bytes
 
 if TYPE_CHECKING:
-    import pandas as pd
+    import pyarrow as pa
 
 _DEFINITION = (
     "Bytes on disk from formulas of tokens, layers, routers and widths, with floats compressed as records of a few batches of "
@@ -40,8 +41,8 @@ class Cost:
     memory_bytes: int = 0
 
 
-@dataclass(frozen=True)
-class Plan:
+@dataclass(frozen=True, repr=False)
+class Plan(Tabular):
     """What a recording will cost; made by `moescope.plan`.
 
     Attributes:
@@ -119,9 +120,9 @@ class Plan:
             found.append(f"At most {self.generated:,} of the tokens are generated: answers may end earlier.")
         return (*found, *(f"Without {name}: {reason}." for name, reason in self.left_out.items()))
 
-    def df(self) -> pd.DataFrame:
-        """The costs as a pandas DataFrame."""
-        return self.result.df()
+    def arrow(self) -> pa.Table:
+        """The costs, a row each part, as a PyArrow table."""
+        return self.result.table
 
     def as_json(self) -> dict[str, Any]:
         """All of it as plain JSON data."""
@@ -131,6 +132,14 @@ class Plan:
     def planned(self) -> dict[str, float]:
         """What a run keeps of it, to be held against what it took."""
         return {"bytes": self.bytes, "seconds": round(self.seconds, 3), "memory_bytes": self.memory_bytes}
+
+    _repr_pretty_ = Tabular._repr_pretty_  # IPython looks for it beside `__repr__`
+
+    def __repr__(self) -> str:
+        return f"Plan({self.model} on {self.corpus}: {self.title})"
+
+    def __str__(self) -> str:
+        return str(self.result)
 
     def _repr_html_(self) -> str:
         return self.result._repr_html_()

@@ -1,5 +1,13 @@
 """Sparse autoencoders over recorded vectors: train, judge, read, join to experts, steer. Public names are in `moescope.sae`.
 
+`train` on the vectors of a run (recorded with `sites`), `judge`, `read` what each latent fires on, `feature_experts` for
+where experts and latents meet; `contrastive_mean`, `probe_direction` and others find steering vectors, `dose_response`
+measures them; `load` and `listed` find autoencoders again, `published` and `from_disk` take those of others (the `sae` extra).
+
+    >>> import moescope as ms
+    >>> ms.sae.SaeSpec.parse("topk:d=1024,k=16").d_sae
+    1024
+
 Names resolve when first used, so that importing this loads neither torch nor SAELens.
 """
 
@@ -22,7 +30,7 @@ _HOME: dict[str, str] = {
     "associate": "moescope.sae_api",
     "attention_shift": "moescope.sae.steering.attention_shift",
     "best_layer": "moescope.sae.steering.contrast",
-    "listed": "moescope.sae.catalogue:sae_rows",
+    "listed": "moescope.sae.displays",
     "circuit_task": "moescope.sae.circuits.prompts",
     "compare_neurons": "moescope.sae_api",
     "completion_command": "moescope.sae.concepts.command",

@@ -40,6 +40,15 @@ class Autoencoder:
     row: dict[str, Any]
     folder: Path | None = None
 
+    def __repr__(self) -> str:
+        kind = (self.row or {}).get("architecture") or type(self.module).__name__
+        return f"Autoencoder({self.name!r}: {kind}, {self.d_in} → {self.d_sae:,} latents, at {self.site})"
+
+    def _repr_html_(self) -> str:
+        from moescope.sae.displays import autoencoder_html
+
+        return autoencoder_html(self)
+
     @property
     def d_in(self) -> int:
         """Components of a vector."""

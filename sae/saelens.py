@@ -17,5 +17,5 @@ def need_saelens() -> None:
         raise InputError(
             "autoencoders need SAELens, which is not installed",
             expected="the extra sae",
-            fix='pip install "moescope[sae]"',
+            fix="pip install 'moescope[sae]'",
         )

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import duckdb
 
 from moescope.core.errors import InputError
+from moescope.core.notebook_html import box, facts, first_rows, folded, heading
 from moescope.core.result import Result
-from moescope.core.text import escaped
 from moescope.store.coverage import coverage_result
 from moescope.store.schema import TABLES
 from moescope.store.views import VIEWS
@@ -32,6 +33,18 @@ class Run:
         store: the store it lies in.
         run_id: its UUID.
         name: the user's name for it.
+
+    Raises:
+        InputError: by its properties, where the run was deleted from the store meanwhile.
+
+    Example:
+        >>> import pathlib, tempfile
+        >>> import moescope as ms, pyarrow as pa
+        >>> trace = pa.table({"sequence_id": [0], "position": [0], "layer": [3], "experts": [[5, 1]]})
+        >>> with ms.Store(pathlib.Path(tempfile.mkdtemp()) / "runs.duckdb") as store:
+        ...     run = store.import_trace(trace, name="tiny", n_experts=8)
+        ...     run.status, run.rows("routing"), run.table("routing").df()["layer"].tolist()
+        ('complete', 1, [3])
     """
 
     def __init__(self, store: Store, run_id: str, name: str) -> None:
@@ -97,9 +110,14 @@ class Run:
         }
 
     def table(self, name: str) -> duckdb.DuckDBPyRelation:
-        """One table or view, limited to this run, as a DuckDB relation; raises `InputError` for a name that is none.
+        """One table or view, limited to this run, as a DuckDB relation: `.df()`, `.pl()` and `.to_arrow_table()` read it.
 
-        Of `effects`, those measured against this run.
+        Args:
+            name: of a table with runs in it (`routing`, `tokens`, `experts`, …; docs/store.md has all), or of a view. Of
+                `effects`, those measured against this run.
+
+        Raises:
+            InputError: there is no such table; the message names those there are.
         """
         self._check_table(name)
         owner = _OWNER.get(name, "run_id")
@@ -112,8 +130,9 @@ class Run:
         return int(self.store.fetch(query, [self.run_id])[0][0])
 
     def sql(self, query: str, parameters: Mapping[str, Any] | None = None) -> duckdb.DuckDBPyRelation:
-        """A query in which `$run` is this run's id."""
-        return self.store.sql(query, {"run": self.run_id, **(parameters or {})})
+        """A query in which `$run` is this run's id; one without it asks the whole store."""
+        own = {"run": self.run_id} if re.search(r"\$run\b", query) else {}
+        return self.store.sql(query, own | dict(parameters or {}))
 
     def _check_table(self, name: str) -> None:
         columns = {entry.name: entry.columns for entry in TABLES} | {entry.name: entry.columns for entry in VIEWS}
@@ -129,8 +148,26 @@ class Run:
 
     def _repr_html_(self) -> str:
         info = self.info
+        summary, settings = info["summary"], info["settings"]
+        stopped = "" if info["status"] == "complete" else summary.get("stopped") or ""
         shown = {
-            key: info[key] for key in ("name", "status", "model", "revision", "architecture", "started_at", "summary")
+            "Model": " · ".join(str(info[key]) for key in ("model", "architecture", "revision") if info[key]),
+            "Size": ", ".join(
+                f"{summary[key]:,} {key}"
+                for key in ("tokens", "sequences", "documents")
+                if summary.get(key) is not None
+            ),
+            "Probes": ", ".join(settings.get("probes", ())),
+            "Sites": ", ".join(settings.get("sites", ())),
+            "Intervention": json.dumps(info["intervention"], ensure_ascii=False) if info["intervention"] else "",
+            "Begun": f"{info['started_at']:%Y-%m-%d %H:%M} UTC" if info["started_at"] else "",
+            "Took": f"{summary['seconds']:,.1f} s" if summary.get("seconds") else "",
+            "Store": str(self.store.path),
         }
-        rows = "".join(f"<tr><th>{escaped(k)}</th><td>{escaped(str(v))}</td></tr>" for k, v in shown.items())
-        return f"<table>{rows}</table>{self.coverage._repr_html_()}"
+        coverage = self.coverage
+        return box(
+            heading(f"Run {self.name}: {info['status']}", stopped),
+            facts(shown),
+            folded(coverage.title, first_rows(coverage, 40)),
+            "<p><code>.table(name)</code> gives its rows, <code>moescope.analyze(run, name)</code> answers.</p>",
+        )

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar, TypeVar
 
 from moescope.core.edit_values import field_types, fitted
 from moescope.core.errors import InputError
+from moescope.core.notebook_html import box, facts, heading
 from moescope.core.positions import Positions, read_positions
 from moescope.core.registry import Registry
 
@@ -43,10 +45,20 @@ class Edit:
         return (self.layer,) if isinstance(self.layer, int) else None if self.layer is None else tuple(self.layer)
 
     def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.told()})"
+
+    def _repr_html_(self) -> str:
+        meaning = (inspect.getdoc(type(self)) or "").split("\n", 1)[0]
+        return box(heading(type(self).__name__, meaning), facts(self._shown()))
+
+    def told(self) -> str:
+        """Its fields in one line, those that have their default mostly left out."""
+        return ", ".join(f"{name}={value}" for name, value in self._shown().items())
+
+    def _shown(self) -> dict[str, str]:
         shown = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in _UNSAID}
         shown = {name: value for name, value in shown.items() if value is not None or name == "layer"} | self.as_data()
-        said = (f"{name}={_short(value)}" for name, value in shown.items())
-        return f"{type(self).__name__}({', '.join(said)})"
+        return {name: _short(value) for name, value in shown.items()}
 
     def as_data(self) -> dict[str, Any]:
         """Its fields by name, those that have their default left out."""

@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     import plotly.graph_objects as go
     from numpy.typing import NDArray
 
+    from moescope.core.notebook_figure import NotebookFigure
+
 # Okabe and Ito's palette: nearest pair ΔE 16 or more under protan, deutan and tritan simulation.
 SERIES = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#F0E442")
 SEQUENTIAL = "Cividis"
@@ -28,8 +30,10 @@ _FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', Arial, 
 _BOTTOM = 56
 
 
-def finish(figure: go.Figure, *, title: str, subtitle: str) -> go.Figure:
-    """Give a figure the common look, its finding as title and its n as subtitle."""
+def finish(figure: go.Figure, *, title: str, subtitle: str) -> NotebookFigure:
+    """Give a figure the common look, its finding as title and its n as subtitle, and make it one that notebooks keep."""
+    from moescope.core.notebook_figure import NotebookFigure
+
     text = wrapped(plain(title))
     top = 92 + 22 * text.count("<br>") + (20 if _titled_panels(figure) else 0)
     # The plot's height, where the figure has one of its own: the legend stands a constant way below it.
@@ -56,21 +60,12 @@ def finish(figure: go.Figure, *, title: str, subtitle: str) -> go.Figure:
         legend={"orientation": "h", "y": -62 / height if height else -0.18, "x": 0},
         separators=".,",
     )
-    return figure
+    return NotebookFigure(figure)
 
 
 def _titled_panels(figure: go.Figure) -> bool:
     """Whether panels have titles of their own over the topmost of them."""
     return any(note.yref == "paper" and note.y is not None and note.y >= 1 for note in figure.layout.annotations)
-
-
-def untitled(figure: go.Figure) -> go.Figure:
-    """A copy without title, for a page that shows it as a heading of its own."""
-    import plotly.graph_objects as go
-
-    copy = go.Figure(figure)
-    copy.update_layout(title=None, margin={"t": 36})
-    return copy
 
 
 def heatmap(

@@ -9,18 +9,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moescope.core.errors import InputError
-from moescope.core.text import escaped
+from moescope.core.tabular import Tabular
 
 if TYPE_CHECKING:
-    import pandas as pd
     import plotly.graph_objects as go
-    import polars as pl
     import pyarrow as pa
 
+    from moescope.core.notebook_figure import NotebookFigure
 
-@dataclass(frozen=True)
-class Result:
-    """One answer from one or more runs.
+
+@dataclass(frozen=True, repr=False)
+class Result(Tabular):
+    """One answer from one or more runs: table, figure, and all that is needed to judge them.
+
+    `df()`, `polars()` and `arrow()` give the table, `figure()` the figure, `save(path)` a file. A notebook shows the finding,
+    the figure and the first rows.
 
     Attributes:
         title: the finding, as a sentence a reader can quote.
@@ -39,10 +42,11 @@ class Result:
 
     Example:
         >>> import pyarrow as pa
-        >>> result = Result(title="One expert takes half of all tokens", table=pa.table({"expert": [0], "value": [0.5]}),
-        ...                 definition="share of decisions", units={"value": "share"}, n=100, n_unit="decisions")
-        >>> result.df().value[0]
-        np.float64(0.5)
+        >>> import moescope as ms
+        >>> result = ms.Result(title="One expert takes half of all tokens", table=pa.table({"expert": [0], "value": [0.5]}),
+        ...                    definition="share of decisions", units={"value": "share"}, n=100, n_unit="decisions")
+        >>> result.df()["value"].tolist()
+        [0.5]
     """
 
     title: str
@@ -64,23 +68,10 @@ class Result:
     provenance: Mapping[str, Any] = field(default_factory=dict)
     incomplete: bool = False
 
-    def df(self) -> pd.DataFrame:
-        """The table as a pandas DataFrame."""
-        frame: pd.DataFrame = self.table.to_pandas()
-        return frame
-
-    def polars(self) -> pl.DataFrame:
-        """The table as a polars DataFrame; needs the `polars` extra."""
-        try:
-            import polars
-        except ImportError as missing:
-            raise InputError("polars is not installed", fix="pip install 'moescope[polars]'") from missing
-        frame = polars.from_arrow(self.table)
-        assert isinstance(frame, polars.DataFrame)
-        return frame
-
-    def figure(self, *, titled: bool = True) -> go.Figure:
+    def figure(self, *, titled: bool = True) -> NotebookFigure:
         """The Plotly figure, with n and the state of the run in its subtitle.
+
+        A notebook keeps it as data, for viewers that draw Plotly, and as a picture for all others.
 
         Args:
             titled: leave out title and subtitle where a page shows them as its own text.
@@ -90,11 +81,7 @@ class Result:
         """
         if self._figure is None:
             raise InputError(f"{self.name or 'this result'} has no figure", fix="read its table: result.df()")
-        if titled:
-            return self._figure
-        from moescope.core.figures import untitled
-
-        return untitled(self._figure)
+        return self._figure if titled else self._figure.untitled()
 
     @property
     def has_figure(self) -> bool:
@@ -102,7 +89,7 @@ class Result:
         return self.draw is not None
 
     @cached_property
-    def _figure(self) -> go.Figure | None:
+    def _figure(self) -> NotebookFigure | None:
         if self.draw is None:
             return None
         from moescope.core.figures import finish
@@ -177,19 +164,22 @@ class Result:
         }
 
     def _repr_html_(self) -> str:
-        head = self.df().head(12).to_html(index=False, border=0, float_format=lambda x: f"{x:.4g}", escape=True)
-        rows = "".join(
-            f"<tr><th style='text-align:left'>{escaped(k)}</th><td style='text-align:left'>{escaped(v)}</td></tr>"
-            for k, v in self.facts().items()
-        )
-        more = (
-            f"<p>{self.table.num_rows:,} rows; <code>.df()</code> has them all.</p>" if self.table.num_rows > 12 else ""
-        )
+        from moescope.core.notebook_result import head, rest
+
         hint = "<p><code>.figure()</code> draws it.</p>" if self.has_figure else ""
-        return (
-            f"<div><h4>{escaped(self.title)}</h4><p>{escaped(self.subtitle())}</p>{head}{more}{hint}"
-            f"<details><summary>How to read this</summary><table>{rows}</table></details></div>"
-        )
+        return f"<div>{head(self)}{hint}{rest(self)}</div>"
+
+    def _ipython_display_(self) -> None:
+        from moescope.core.notebook_result import show
+
+        show(self)
+
+    _repr_pretty_ = Tabular._repr_pretty_  # IPython looks for it beside `__repr__`
 
     def __repr__(self) -> str:
         return f"Result({self.name or 'unnamed'}: {self.title!r}, {self.table.num_rows} rows, {self.subtitle()})"
+
+    def __str__(self) -> str:
+        from moescope.core.notebook_result import as_text
+
+        return as_text(self)

@@ -57,7 +57,7 @@ def nnsight_wrapper(model: LiveModel) -> Any:
         InputError: nnsight is not installed.
     """
     if importlib.util.find_spec("nnsight") is None:
-        raise InputError("nnsight is not installed", fix='pip install "moescope[nnsight]"')
+        raise InputError("nnsight is not installed", fix="pip install 'moescope[nnsight]'")
     nnsight: Any = importlib.import_module("nnsight")
     if model.tokenizer is None or not hasattr(model.module, "can_generate"):
         return nnsight.NNsight(model.module)

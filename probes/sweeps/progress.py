@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from types import TracebackType
 
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from moescope.core.bar import bar
 from moescope.core.progress import tell
 
 
@@ -30,7 +30,7 @@ class SweepProgress:
             TextColumn("left"),
             TimeRemainingColumn(),
         )
-        self._bar = Progress(*columns, console=Console(stderr=True), disable=not shown)
+        self._bar = bar(columns, shown=shown)
         self._label, self._variants, self._sequences = label, variants, max(sequences, 1)
         self._pairs = done * self._sequences
         self._task = self._bar.add_task(label, total=max(variants * self._sequences, 1), state="")

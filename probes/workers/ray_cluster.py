@@ -38,7 +38,7 @@ def import_ray() -> Any:
         raise InputError(
             "several workers need Ray, which is not installed",
             found=str(missing),
-            fix='pip install "moescope[ray]", or record with one worker',
+            fix="pip install 'moescope[ray]', or record with one worker",
         ) from missing
 
 

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Protocol
 
+from moescope.core.bar import bar
 from moescope.core.progress import tell
 
 
@@ -24,11 +25,9 @@ def counted(label: str, total: int, *, shown: bool) -> Iterator[Count]:
         >>> with counted("probes", 2, shown=False) as count:
         ...     count()
     """
-    from rich.console import Console
     from rich.progress import (
         BarColumn,
         MofNCompleteColumn,
-        Progress,
         TextColumn,
         TimeElapsedColumn,
         TimeRemainingColumn,
@@ -38,15 +37,18 @@ def counted(label: str, total: int, *, shown: bool) -> Iterator[Count]:
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("left"),
         TimeRemainingColumn(),
     )  # fmt: skip
-    with Progress(*columns, console=Console(stderr=True), disable=not shown) as bar:
-        task = bar.add_task(label, total=max(total, 1))
+    drawn = bar(columns, shown=shown)
+    task = drawn.add_task(label, total=max(total, 1))
+    counted = 0
 
-        counted = 0
+    def count(done: int = 1, /) -> None:
+        nonlocal counted
+        counted += done
+        drawn.advance(task, done)
+        tell(label, counted, max(total, 1))
 
-        def count(done: int = 1, /) -> None:
-            nonlocal counted
-            counted += done
-            bar.advance(task, done)
-            tell(label, counted, max(total, 1))
-
+    drawn.start()
+    try:
         yield count
+    finally:
+        drawn.stop()

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from moescope.core.intervention import Intervention
+from moescope.core.notebook_html import box, facts
 from moescope.core.sites import Site
 
 
@@ -22,6 +23,10 @@ class Steering:
 
     intervention: Intervention
     provenance: Mapping[str, Any] = field(default_factory=dict)
+
+    def _repr_html_(self) -> str:
+        found = {key: value for key, value in self.provenance.items() if not isinstance(value, (list, tuple, dict))}
+        return box(self.intervention._repr_html_(), facts(found))
 
     def save(self, path: str | Path) -> None:
         """Write the intervention as JSON, which `Intervention.load` reads back."""

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from types import TracebackType
 from typing import Any
 
-from rich.console import Console
-from rich.progress import Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Column
 
+from moescope.core.bar import bar
 from moescope.core.progress import tell
 from moescope.sae.training.trainee import Trainee
 
@@ -37,7 +37,7 @@ class TrainingProgress:
             TextColumn("left"),
             TimeRemainingColumn(),
         )
-        self._bar = Progress(*columns, console=Console(stderr=True), disable=not shown)
+        self._bar = bar(columns, shown=shown)
         self._trainees, self._size, self._steps, self._shown = trainees, batch_size, steps, shown
         self._tasks = [self._bar.add_task(t.name, total=steps, completed=first, told="") for t in trainees]
         self._began, self._first, self._told = time.monotonic(), first, 0.0

@@ -1,0 +1,5 @@
+"""`python -m moescope` is the command line."""
+
+from moescope.cli import main
+
+main()
