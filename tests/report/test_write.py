@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import base64
+import gzip
 import json
 import re
+from collections import Counter
 from collections.abc import Callable
 from html.parser import HTMLParser
 from itertools import count
@@ -108,9 +111,14 @@ def _page(run: Run, folder: Path) -> Page:
 
 
 @pytest.fixture(scope="module")
-def whole(plant: Plant, planted: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Page:
+def whole_file(plant: Plant, planted: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Path:
     run = plant(name="base", **planted.everything(layers=3, n_experts=6, labels=["code", "law"] * 3, tokens=40))
-    return _page(run, tmp_path_factory.mktemp("whole"))
+    return write_report(run, tmp_path_factory.mktemp("whole") / "report.html")
+
+
+@pytest.fixture(scope="module")
+def whole(whole_file: Path) -> Page:
+    return Page(whole_file.read_text(encoding="utf-8"))
 
 
 def test_report_fetches_nothing(whole: Page) -> None:
@@ -122,14 +130,34 @@ def test_report_fetches_nothing(whole: Page) -> None:
         assert not any(name.startswith("on") for name in attributes)
 
 
+def _unpacked_library(page: Page) -> str:
+    ids = [attributes.get("id") for tag, attributes in page.tags if tag == "script"]
+    scripts = [text for tag, text in page.texts if tag == "script"]
+    assert ids.count("figure-library") == 1
+    (packed,) = [text for text in scripts if len(text) > 500_000]
+    return gzip.decompress(base64.b64decode(packed)).decode()
+
+
 def test_figure_library_is_in_the_file_once(whole: Page) -> None:
-    scripts = [text for tag, text in whole.texts if tag == "script"]
-    assert sum(len(text) > 500_000 for text in scripts) == 1
-    figures = sum("Plotly.newPlot" in text for text in scripts if len(text) < 500_000)
+    from plotly.offline import get_plotlyjs
+
+    assert _unpacked_library(whole) == get_plotlyjs()
+
+
+def test_every_result_has_its_figure_or_an_open_table(whole: Page) -> None:
+    figures = [a["data-figure"] for tag, a in whole.tags if tag == "div" and "data-figure" in a]
+    held = [a.get("id") for tag, a in whole.tags if tag == "script" and str(a.get("id")).startswith("figure-")]
+    assert sorted(held) == sorted([*figures, "figure-library"])
     # Where there is no figure, the table lies open.
-    opened = sum(tag == "details" and "open" in attributes for tag, attributes in whole.tags)
-    assert figures + opened == len(whole.sections)
-    assert figures > opened > 0
+    opened = sum(tag == "details" and "open" in attributes for tag, attributes in whole.tags) - 1  # the contents
+    assert len(figures) + opened == len(whole.sections)
+    assert len(figures) > opened > 0
+
+
+def test_whole_report_is_lighter_than_its_figure_library_alone(whole_file: Path) -> None:
+    from plotly.offline import get_plotlyjs
+
+    assert whole_file.stat().st_size < len(get_plotlyjs().encode())
 
 
 def test_report_holds_every_analysis_of_its_section_order(whole: Page) -> None:
@@ -149,8 +177,11 @@ def test_report_says_what_was_run(whole: Page) -> None:
 
 
 def test_every_finding_links_to_its_section(whole: Page) -> None:
-    links = [(attributes["href"] or "")[1:] for tag, attributes in whole.tags if tag == "a"]
-    assert sorted(links) == sorted(whole.sections[1:])
+    ids = {attributes["id"] for _, attributes in whole.tags if "id" in attributes}
+    links = Counter((attributes["href"] or "")[1:] for tag, attributes in whole.tags if tag == "a")
+    assert set(links) <= ids
+    # Once in the contents, once in the findings.
+    assert all(links[section] == 2 for section in whole.sections[1:])
 
 
 def test_every_result_says_n_definition_and_query(whole: Page) -> None:
@@ -203,6 +234,7 @@ def test_analyses_left_out_are_listed_with_the_reason(plant: Plant, planted: Mod
 
 def test_nothing_is_left_out_of_a_full_run(whole: Page) -> None:
     assert "Not in this report" not in whole.words
+    assert "Told by other reports" in whole.words
 
 
 def test_dense_run_pretends_no_experts(plant: Plant, planted: ModuleType, tmp_path: Path) -> None:
@@ -261,21 +293,24 @@ def test_hostile_names_labels_and_texts_add_no_tag(hostile: Page, whole: Page) -
             "content",
             "open",
             "type",
+            "http-equiv",
+            "aria-label",
+            "data-v",
+            "data-figure",
         }, tag
         assert (attributes.get("href") or "#").startswith("#")
 
 
 def test_hostile_text_cannot_end_a_script(hostile: Page, whole: Page) -> None:
     """A `</script>` in a label would close the figure's script and open one of its own."""
-    scripts = sum(tag == "script" for tag, _ in hostile.tags)
-    figures = sum("Plotly.newPlot" in text for tag, text in hostile.texts if tag == "script" and len(text) < 500_000)
-    before = (
-        sum(tag == "script" for tag, _ in whole.tags),
-        sum("Plotly.newPlot" in text for tag, text in whole.texts if tag == "script" and len(text) < 500_000),
-    )
-    assert scripts - figures == before[0] - before[1]
-    visible = [text for tag, text in hostile.texts if tag not in ("script", "style")]
-    assert not any("Plotly.newPlot" in text for text in visible)
+    counts = []
+    for page in (hostile, whole):
+        scripts = sum(tag == "script" for tag, _ in page.tags)
+        counts.append(scripts - sum(tag == "div" and "data-figure" in attributes for tag, attributes in page.tags))
+    assert counts[0] == counts[1]
+    for tag, text in hostile.texts:
+        if tag == "script" and text.startswith("{"):
+            json.loads(text)
 
 
 def test_hostile_texts_are_shown_as_they_are(hostile: Page, planted: ModuleType) -> None:
@@ -320,7 +355,7 @@ def test_report_of_an_incomplete_run_survives_nan_everywhere(plant: Plant, plant
 
 @pytest.mark.parametrize("name", ["report.pdf", "report", "report.htm", "report.html.txt"])
 def test_other_ending_is_refused(plant: Plant, tmp_path: Path, name: str) -> None:
-    with pytest.raises(InputError, match=r"ending in \.html"):
+    with pytest.raises(InputError, match=r"ending in \.html or \.md"):
         write_report(plant(lengths=[3]), tmp_path / name)
     assert list(tmp_path.iterdir()) == []
 
@@ -331,14 +366,14 @@ def test_missing_folder_is_refused(plant: Plant, tmp_path: Path) -> None:
 
 
 def test_report_that_fails_leaves_the_one_before(plant: Plant, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import moescope.report.write as module
+    import moescope.report.html_page as module
 
     def broken(*_: object) -> str:
         raise ZeroDivisionError
 
     target = tmp_path / "report.html"
     target.write_text("old")
-    monkeypatch.setattr(module, "page", broken)
+    monkeypatch.setattr(module, "html_page", broken)
     with pytest.raises(ZeroDivisionError):
         write_report(plant(lengths=[3]), target)
     assert target.read_text() == "old"

@@ -1,0 +1,81 @@
+"""What is not in a report, why, and the command that would fill it."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Iterable, Mapping, Sequence
+
+from moescope.core.analysis import PROBE_OF_TABLE, Analysis
+from moescope.report.document import Block, Cell, Grid, Heading, Paragraph
+from moescope.store.run import Run
+
+_SAE = {
+    **dict.fromkeys(
+        ("features", "feature_contexts", "feature_labels", "feature_links"),
+        "moescope sae read --store {store} --sae NAME --run {run} --model {model}",
+    ),
+    "sae_measures": "moescope sae judge --store {store} --sae NAME --model {model}",
+    "feature_experts": "moescope sae experts --store {store} --sae NAME --model {model} --run {run}",
+    "sparse_probes": "moescope sae probe --store {store} --run {run} --units expert",
+    **dict.fromkeys(
+        ("descriptions", "description_scores"), "moescope sae describe --store {store} --sae NAME --command COMMAND"
+    ),
+    "mlp_students": "moescope sae students {model} --layer LAYER --store {store}",
+}
+_OURS = {
+    "heads": "moescope phenomena {model} --store {store}",
+    "head_sequences": "moescope phenomena {model} --store {store}",
+}
+_EFFECT = 'moescope intervene effect {model} --store {store} --edit "ablate layer=3 experts=5"'
+
+
+def command_for(missing: Sequence[str], run: Run, store: str) -> str:
+    """The command that records what tables lack; empty where nothing is missing.
+
+    Only its beginning where a choice is the reader's: which autoencoder, which intervention.
+    """
+    if not missing:
+        return ""
+    names = {
+        "model": shlex.quote(run.model),
+        "store": shlex.quote(store),
+        "run": shlex.quote(run.name),
+    }
+    if "effects" in missing:
+        return _EFFECT.format(**names)
+    for table in missing:
+        if pattern := _SAE.get(table) or _OURS.get(table):
+            return pattern.format(**names)
+    probes = sorted({PROBE_OF_TABLE.get(table, table) for table in missing})
+    name = shlex.quote(f"{run.name} again")
+    return f"moescope profile {names['model']} --store {names['store']} --name {name} --probe {','.join(probes)}"
+
+
+def left_out_row(analysis: Analysis, runs: Sequence[Run], reason: str, stores: Mapping[str, str]) -> dict[str, str]:
+    """One analysis that is not in the report; `stores` are run_id → path, as commands name it."""
+    lacking = next(((run, missing) for run in runs if (missing := analysis.missing(run))), None)
+    for run in runs:  # where a store lies is no reason, and changes when it is moved
+        folder = run.store.path.parent
+        reason = reason if str(folder) == "." else reason.replace(f"{folder}/", "")
+    command = command_for(lacking[1], lacking[0], stores[lacking[0].run_id]) if lacking else ""
+    return {"analysis": analysis.name, "reason": reason, "command": command}
+
+
+def left_out_blocks(rows: Sequence[dict[str, str]], others: Iterable[tuple[str, str]]) -> list[Block]:
+    """The table at the end of a report; `others` are kinds of questions that it leaves to other commands."""
+    blocks: list[Block] = []
+    if rows:
+        grid = Grid(
+            ("analysis", "why it is not here", "what would fill it"),
+            [(Cell(row["analysis"]), Cell(row["reason"]), Cell(row["command"])) for row in rows],
+        )
+        blocks += [Heading("Not in this report", "not-in-this-report"), grid]
+    others = list(others)
+    if others:
+        blocks += [
+            Heading("Told by other reports", "other-reports"),
+            Grid(("question", "command"), [(Cell(question), Cell(command)) for question, command in others]),
+        ]
+    if any("NAME" in row["command"] for row in rows):
+        blocks.append(Paragraph("NAME: of an autoencoder in the store (moescope sae list STORE).", "muted"))
+    return blocks

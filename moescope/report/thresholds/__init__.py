@@ -1,0 +1,1 @@
+"""Thresholds: rules that people write in YAML, judged against runs."""

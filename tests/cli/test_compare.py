@@ -1,0 +1,75 @@
+"""`moescope compare`: differences of runs on the command line."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import moescope as ms
+
+Cli = Callable[..., Any]
+TEXTS = ["The quick brown fox jumps.", "Good day to you all."]
+
+
+@pytest.fixture(scope="module")
+def compared(demo_model: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("compare") / "runs.duckdb"
+    cut = ms.Intervention([ms.edits.Ablate(layer=3, experts=list(range(12)))])
+    with ms.Store(path) as store:
+        for name, edits in (("base", None), ("cut", cut), ("third", None)):
+            ms.record(
+                demo_model, TEXTS, store, name=name, probes=("tokens", "routing"), intervention=edits, progress=False
+            )
+    return path
+
+
+def _mean(path: Path, name: str) -> float:
+    with ms.Store(path, read_only=True) as store:
+        query = "SELECT avg(nll::DOUBLE) FROM tokens WHERE run_id = $run AND nll IS NOT NULL"
+        return float(store.run(name).sql(query).fetchall()[0][0])
+
+
+def test_differences_are_those_of_the_records(cli: Cli, compared: Path) -> None:
+    outcome = cli("compare", compared, "base", "cut", "--json")
+    assert outcome.code == 0, outcome.err
+    (row,) = [r for r in outcome.json["measures"]["table"] if r["metric"] == "mean NLL"]
+    assert row["value"] == pytest.approx(_mean(compared, "cut") - _mean(compared, "base"))
+    assert outcome.json["configuration"][0]["setting"] == "intervention"
+
+
+def test_table_tells_both_runs_and_what_changed(cli: Cli, compared: Path) -> None:
+    outcome = cli("compare", compared, "base", "cut")
+    assert outcome.code == 0
+    assert "What changed in configuration" in outcome.out
+    assert "Removing 12 " in outcome.out
+    assert "mean NLL, nats" in outcome.out
+
+
+def test_run_compared_with_its_like_differs_in_nothing(cli: Cli, compared: Path) -> None:
+    outcome = cli("compare", compared, "base", "third", "--json")
+    assert {row["value"] for row in outcome.json["measures"]["table"]} == {0.0}
+
+
+def test_three_runs_stand_side_by_side(cli: Cli, compared: Path) -> None:
+    board = cli("compare", compared, "base", "cut", "third", "--json").json["leaderboard"]
+    told = {row["run"]: row["value"] for row in board if row["metric"] == "mean NLL"}
+    assert told == pytest.approx({name: _mean(compared, name) for name in ("base", "cut", "third")})
+
+
+@pytest.mark.parametrize(("bound", "code"), [("max_rise: 100", 0), ("max_change: 0", 1)])
+def test_change_over_a_threshold_is_the_exit_code(
+    cli: Cli, compared: Path, tmp_path: Path, bound: str, code: int
+) -> None:
+    text = f"rules:\n  - {{analysis: nll, metric: mean NLL, where: {{label: all}}, {bound}}}\n"
+    (tmp_path / "limits.yaml").write_text(text)
+    outcome = cli("compare", compared, "base", "cut", "--thresholds", "limits.yaml")
+    assert outcome.code == code, outcome.err + outcome.out
+
+
+def test_one_run_is_no_comparison(cli: Cli, compared: Path) -> None:
+    cli("compare", compared, "base").assert_refused("two runs or more", "moescope report")
+    cli("compare", compared, "base", "nobody").assert_refused("no run called 'nobody'")
+    cli("compare", compared, "base", "cut", "--output", "x.txt").assert_refused(".html or .md")
