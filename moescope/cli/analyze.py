@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from moescope.cli.completion import analysis_names, parameter_names, run_names
 from moescope.cli.export import only_run
+from moescope.cli.flags import OUTPUT, Rows, listed
 from moescope.cli.output import as_json, facts, news, printable, table
 from moescope.cli.stages import stages
 from moescope.core.errors import InputError
@@ -22,27 +24,41 @@ _FORMATS = ("table", "csv", "json")
 
 
 def analyze(
-    store: Annotated[Path | None, typer.Argument(help="The store.", show_default=False)] = None,
+    store: Annotated[Path | None, typer.Argument(help="The store; --list needs none.", show_default=False)] = None,
     run: Annotated[
         list[str] | None,
         typer.Option(
-            help="Name of the run; twice for an analysis that compares two.  [default: the only one]",
-            show_default=False,
+            help="Name of the run; twice for an analysis that compares two.",
+            show_default="the only one",
+            autocompletion=run_names,
         ),
     ] = None,
     analysis: Annotated[
-        list[str] | None, typer.Option(help="Which analysis, repeatable; --list shows them.", show_default=False)
+        list[str] | None,
+        typer.Option(
+            help="Which analyses, comma-separated or repeated; --list shows them.",
+            show_default="none",
+            autocompletion=analysis_names,
+        ),
     ] = None,
     param: Annotated[
-        list[str] | None, typer.Option(help="Parameter of the analysis, name=value, repeatable.", show_default=False)
+        list[str] | None,
+        typer.Option(
+            help="Parameter of the analysis, name=value, repeatable.",
+            show_default="what --list says",
+            autocompletion=parameter_names,
+        ),
     ] = None,
-    format: Annotated[str, typer.Option(help="On stdout: table, csv or json; for --list also markdown.")] = "table",  # noqa: A002  the flag's name
-    rows: Annotated[int, typer.Option(min=0, help="Rows of a table to print; csv and json have all.")] = 20,
+    format: Annotated[  # noqa: A002  the flag's name
+        str, typer.Option(help="On stdout: table, csv or json; for --list also markdown.", rich_help_panel=OUTPUT)
+    ] = "table",
+    rows: Rows = 20,
     output: Annotated[
         Path | None,
         typer.Option(
             help="Also save: .html, .png, .svg, .csv, .parquet or .json for one analysis, .html for --all.",
             show_default=False,
+            rich_help_panel=OUTPUT,
         ),
     ] = None,
     all_: Annotated[
@@ -52,7 +68,7 @@ def analyze(
     allow_incomplete: Annotated[
         bool, typer.Option("--allow-incomplete", help="Analyse a run whose ledger is not full; results say so.")
     ] = False,
-    json: Annotated[bool, typer.Option("--json", help="The same as --format json.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="The same as --format json.", rich_help_panel=OUTPUT)] = False,
 ) -> None:
     """Ask questions of recorded or imported runs.
 
@@ -80,7 +96,7 @@ def analyze(
                 runs, output or Path("routing.html"), allow_incomplete=allow_incomplete, json=chosen_format == "json"
             )
             return
-        _answer(runs, analysis or [], param or [], chosen_format, rows, output, allow_incomplete=allow_incomplete)
+        _answer(runs, listed(analysis), param or [], chosen_format, rows, output, allow_incomplete=allow_incomplete)
 
 
 def _answer(
@@ -96,7 +112,7 @@ def _answer(
     """Compute, save and print the analyses named."""
     from moescope.core.analysis import analyses
 
-    wanted = [analyses[name] for listed in names for name in listed.replace(" ", "").split(",")]
+    wanted = [analyses[name] for name in names]
     if len(wanted) > 1 and (output or given):
         raise InputError(
             f"--{'output' if output else 'param'} is for one analysis, and {len(wanted)} are asked for",

@@ -9,15 +9,19 @@ from typing import Annotated
 import typer
 
 from moescope.cli.analyze import analyze
+from moescope.cli.command import command
+from moescope.cli.compare import compare
 from moescope.cli.dashboard import dashboard
 from moescope.cli.doctor import doctor
 from moescope.cli.export import export
 from moescope.cli.import_ import import_
 from moescope.cli.intervene import group as intervene
+from moescope.cli.manual import manual
 from moescope.cli.merge import merge
 from moescope.cli.phenomena import phenomena
 from moescope.cli.plan import plan
 from moescope.cli.profile import profile
+from moescope.cli.report import report
 from moescope.cli.runs import group as runs
 from moescope.cli.sae import group as sae
 from moescope.core.errors import MoescopeError
@@ -31,18 +35,21 @@ app = typer.Typer(
     rich_markup_mode="rich",
     help="See, and change, what happens inside mixture-of-experts language models while they run.",
 )
-app.command()(plan)
-app.command()(profile)
-app.command()(analyze)
-app.command()(phenomena)
-app.command("import")(import_)
-app.command()(export)
-app.command()(merge)
+command(app, plan)
+command(app, profile)
+command(app, analyze)
+command(app, phenomena)
+command(app, report)
+command(app, compare)
+command(app, import_, "import")
+command(app, export)
+command(app, merge)
 app.add_typer(runs, name="runs")
 app.add_typer(intervene, name="intervene")
 app.add_typer(sae, name="sae")
-app.command()(dashboard)
-app.command()(doctor)
+command(app, dashboard)
+command(app, doctor)
+command(app, manual, hidden=True)
 
 
 @app.callback(invoke_without_command=True)
@@ -60,7 +67,7 @@ def _options(
 def run() -> int:
     """Run the command in `sys.argv` and give its exit code. Typer turns Ctrl-C into 130 and misuse into 2."""
     try:
-        app(standalone_mode=True)
+        app(standalone_mode=True, prog_name="moescope")
     except SystemExit as left:
         code = left.code if isinstance(left.code, int) else 0 if left.code is None else 2
         return _told("interrupted: what was committed is safe", code) if code == 130 else code

@@ -8,20 +8,19 @@ from typing import Annotated, Any
 
 import typer
 
-from moescope.cli.output import news
+from moescope.cli.flags import Json, Store
+from moescope.cli.output import as_json, news
 from moescope.core.errors import InputError
 
 _LOCAL = "127.0.0.1"
 
 
 def dashboard(
-    store: Annotated[Path, typer.Argument(help="The store.")] = Path("runs.duckdb"),
+    store: Store = Path("runs.duckdb"),
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0 takes any free one.")] = 8050,
     model: Annotated[
         str | None,
-        typer.Option(
-            help="What the lab loads, as `moescope profile` takes it.  [default: chosen there]", show_default=False
-        ),
+        typer.Option(help="What the lab loads, as `moescope profile` takes it.", show_default="chosen there"),
     ] = None,
     read_only: Annotated[
         bool,
@@ -37,18 +36,18 @@ def dashboard(
     token: Annotated[
         str | None,
         typer.Option(
-            help="Secret that every request must show.  [default: none on this machine]",
+            help="Secret that every request must show.",
+            hide_input=True,
             envvar="MOESCOPE_TOKEN",
-            show_default=False,
+            show_default="none on this machine",
             show_envvar=True,
         ),
     ] = None,
-    name: Annotated[
+    host_name: Annotated[
         list[str] | None,
-        typer.Option(
-            help="Host name that leads here, besides this machine's own; may be repeated.", show_default=False
-        ),
+        typer.Option(help="Host name that leads here, besides this machine's own, repeatable.", show_default="none"),
     ] = None,
+    json: Json = False,
 ) -> None:
     """Open a store in the browser. Ctrl-C stops it.
 
@@ -65,7 +64,7 @@ def dashboard(
         ) from missing
 
     def tell(url: str, _server: object) -> None:
-        typer.echo(url)
+        as_json({"url": url}) if json else typer.echo(url)
         news(f"the dashboard of {store} is open at {url.split('?', maxsplit=1)[0]}; Ctrl-C stops it")
         if host != _LOCAL:
             news("whoever has the address above, with its token, can use it; nothing on the way is encrypted")
@@ -79,7 +78,7 @@ def dashboard(
             host=host,
             port=port,
             token=token or None,
-            names=name or (),
+            names=host_name or (),
             model=model,
             read_only=read_only,
             new=new,

@@ -9,8 +9,9 @@ from typing import Annotated, Any
 
 import typer
 
+from moescope.cli.flags import OUTPUT, Device
 from moescope.cli.output import as_json, table
-from moescope.core.errors import MoescopeError
+from moescope.core.errors import InputError, MoescopeError
 
 _TEXTS = ["The quick brown fox jumps over the lazy dog.", "def add(a, b):\n    return a + b\n"]
 
@@ -20,7 +21,7 @@ _WIDE, _NARROW = 150, (0, 1, 2, 5)
 
 def doctor(
     model: Annotated[str, typer.Argument(help='Model to check: "demo", a Hub id, a folder or a .gguf file.')] = "demo",
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, …")] = "auto",
+    device: Device = "auto",
     families: Annotated[
         bool,
         typer.Option("--families", help="Build every model type with experts in tiny form, record it, and list them."),
@@ -28,8 +29,13 @@ def doctor(
     edits: Annotated[
         bool, typer.Option("--edits", help="List which edits the model takes, or with --families each model type.")
     ] = False,
-    markdown: Annotated[bool, typer.Option("--markdown", help="With --families: print the table as Markdown.")] = False,
-    json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    format: Annotated[  # noqa: A002  the flag's name
+        str,
+        typer.Option(
+            help="On stdout: table or json; with --families or --edits also markdown.", rich_help_panel=OUTPUT
+        ),
+    ] = "table",
+    json: Annotated[bool, typer.Option("--json", help="The same as --format json.", rich_help_panel=OUTPUT)] = False,
 ) -> None:
     """Check this machine, and that a model is recorded exactly as it runs.
 
@@ -37,6 +43,10 @@ def doctor(
 
     Example: moescope doctor demo
     """
+    known = ("table", "json", "markdown") if edits or families else ("table", "json")
+    if format not in known:
+        raise InputError(f"there is no format {format!r} here", expected=", ".join(known))
+    json, markdown = json or format == "json", format == "markdown"
     if edits:
         _edits(None if families else model, device, json=json, markdown=markdown)
         return
@@ -82,7 +92,7 @@ def _families(*, json: bool, markdown: bool) -> None:
         shown = range(len(COLUMNS)) if Console().width >= _WIDE else _NARROW
         table([COLUMNS[i] for i in shown], [[list(vars(s).values())[i] for i in shown] for s in found])
         if len(shown) < len(COLUMNS):
-            console.print("a wider terminal, --markdown or --json also show decisions, routing rules and notes")
+            console.print("a wider terminal, --format markdown or --json also show decisions, routing rules and notes")
         full = sum(s.recorded == "complete" for s in found)
         console.print(f"{full} of {len(found)} model types with experts are recorded completely")
     if any(s.recorded != "complete" for s in found):

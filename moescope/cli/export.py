@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from moescope.cli.completion import table_names
+from moescope.cli.flags import GivenStore, Json, OneRun
 from moescope.cli.output import as_json, facts, news
 from moescope.cli.stages import stages
 from moescope.core.errors import InputError
@@ -17,20 +19,22 @@ if TYPE_CHECKING:
 
 
 def export(
-    store: Annotated[Path, typer.Argument(help="The store.", show_default=False)],
+    store: GivenStore,
     folder: Annotated[Path, typer.Argument(help="Folder to write; made here.", show_default=False)],
-    run: Annotated[
-        str | None, typer.Option(help="Name of the run.  [default: the only one]", show_default=False)
-    ] = None,
+    run: OneRun = None,
     format: Annotated[  # noqa: A002  the flag's name
         str, typer.Option(help="parquet (partitioned), csv, or hf (a Hugging Face dataset of the decisions).")
     ] = "parquet",
     tables: Annotated[
         str | None,
-        typer.Option(help="Tables, comma-separated.  [default: all of which the run has rows]", show_default=False),
+        typer.Option(
+            help="Tables, comma-separated.",
+            show_default="all of which the run has rows",
+            autocompletion=table_names,
+        ),
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier export.")] = False,
-    json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    json: Json = False,
 ) -> None:
     """Write a run as partitioned Parquet, CSV, or a Hugging Face dataset on disk.
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from moescope.cli.flags import Json, StorePath
 from moescope.cli.output import as_json, facts, news
 from moescope.cli.stages import stages
 from moescope.core.errors import InputError
@@ -20,37 +21,47 @@ def import_(
     source: Annotated[
         Path, typer.Argument(help="File of the trace, or a folder of Parquet files or an export.", show_default=False)
     ],
-    store: Annotated[Path, typer.Option(help="DuckDB file to import into; made where it is not there.")] = Path(
-        "runs.duckdb"
-    ),
-    name: Annotated[
-        str | None, typer.Option(help="Name of the run.  [default: the file's]", show_default=False)
-    ] = None,
+    store: StorePath = Path("runs.duckdb"),
+    name: Annotated[str | None, typer.Option(help="Name of the run.", show_default="the file's")] = None,
     format: Annotated[  # noqa: A002  the flag's name
         str | None,
         typer.Option(
-            help="neutral, vllm, sglang, llama.cpp, router_logits or olmoe.  [default: told by the file]",
-            show_default=False,
+            help="neutral, vllm, sglang, llama.cpp, router_logits or olmoe.",
+            show_default="told by the file",
         ),
     ] = None,
     n_experts: Annotated[
         int | None,
-        typer.Option(help="Routed experts of a layer; needed where the file does not say.", show_default=False),
+        typer.Option(
+            min=1,
+            help="Routed experts of a layer; needed where the file does not say.",
+            show_default="what it says",
+        ),
     ] = None,
     top_k: Annotated[
-        int | None, typer.Option(help="Experts a token.  [default: the commonest number]", show_default=False)
+        int | None, typer.Option(min=1, help="Experts a token.", show_default="the commonest number")
     ] = None,
-    n_null: Annotated[int | None, typer.Option(help="Null (zero-computation) experts.", show_default=False)] = None,
+    n_null: Annotated[
+        int | None,
+        typer.Option(
+            min=0,
+            help="Null (zero-computation) experts of a layer.",
+            show_default="what the file says, else 0",
+        ),
+    ] = None,
     layers: Annotated[
         str | None,
         typer.Option(
-            help="Layers along an array's layer axis, comma-separated, ranges as 1-26.  [default: 0, 1, 2, …]",
-            show_default=False,
+            help="Layers along an array's layer axis, comma-separated, ranges as 1-26.",
+            show_default="0, 1, 2, …",
         ),
     ] = None,
-    model: Annotated[str | None, typer.Option(help="What the trace was taken from.", show_default=False)] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(help="What the trace was taken from.", show_default="what the file says"),
+    ] = None,
     label: Annotated[
-        str | None, typer.Option(help="Label of every sequence that has none.", show_default=False)
+        str | None, typer.Option(help="Label of every sequence that has none.", show_default="none")
     ] = None,
     probabilities: Annotated[
         bool, typer.Option("--probabilities", help="The router's scores are probabilities, not logits.")
@@ -58,7 +69,7 @@ def import_(
     normalize: Annotated[
         bool, typer.Option("--normalize", help="Scale the chosen experts' weights to sum to 1 (router scores only).")
     ] = False,
-    json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    json: Json = False,
 ) -> None:
     """Read a routing trace of vLLM, SGLang, llama.cpp, transformers or your own program into a store.
 

@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from moescope.cli.output import as_json, facts, news, printable, table
-from moescope.cli.profile import (
+from moescope.cli.flags import (
+    BatchSize,
     Data,
     Device,
+    DeviceMap,
     DryRun,
     Dtype,
     Json,
@@ -19,11 +20,14 @@ from moescope.cli.profile import (
     Model,
     Report,
     Revision,
+    Seed,
+    SkipBad,
     StorePath,
     TextField,
     Trust,
-    check_report,
 )
+from moescope.cli.output import as_json, facts, news, printable, table
+from moescope.cli.profile import check_report
 from moescope.core.errors import InputError
 
 if TYPE_CHECKING:
@@ -31,24 +35,22 @@ if TYPE_CHECKING:
     from moescope.probes.live_model import LiveModel
     from moescope.probes.phenomena.protocol import Asked
 
-Name = Annotated[str | None, typer.Option(help="Name of the run.  [default: phenomena, numbered]", show_default=False)]
+Name = Annotated[str | None, typer.Option(help="Name of the run.", show_default="phenomena, numbered")]
 Texts = Annotated[int, typer.Option(min=2, help="Documents, spread evenly over the corpus.")]
 MaxLength = Annotated[int, typer.Option(min=8, help="Tokens of each document at most.")]
-BatchSize = Annotated[int, typer.Option(min=1, help="Sequences a forward pass.")]
 CutTexts = Annotated[int, typer.Option(min=2, help="How many of the documents are run under every cut.")]
 Controls = Annotated[int, typer.Option(min=1, help="Random cuts beside each.")]
-NoNeedles = Annotated[bool, typer.Option("--no-needles", help="Leave the needle trials out.")]
+Needles = Annotated[bool, typer.Option("--needles/--no-needles", help="Search for retrieval heads with needle trials.")]
 FullGrid = Annotated[
     bool, typer.Option("--full-grid", help="The whole needle grid: 20 lengths × 10 depths × 3 needles.")
 ]
 Trials = Annotated[
     int | None,
-    typer.Option(min=1, help="Needle trials.  [default: about 12 of at most 2,048 tokens]", show_default=False),
+    typer.Option(min=1, help="Needle trials.", show_default="about 12 of at most 2,048 tokens"),
 ]
 Generate = Annotated[
     int, typer.Option(min=0, help="Tokens written after each prompt under the writer's cut, for repetition.")
 ]
-Seed = Annotated[int, typer.Option(help="Of everything random.")]
 
 
 def phenomena(
@@ -62,16 +64,18 @@ def phenomena(
     batch_size: BatchSize = 4,
     cut_texts: CutTexts = 8,
     controls: Controls = 5,
-    no_needles: NoNeedles = False,
+    needles: Needles = True,
     full_grid: FullGrid = False,
     trials: Trials = None,
     generate: Generate = 24,
     device: Device = "auto",
+    device_map: DeviceMap = None,
     dtype: Dtype = "auto",
     revision: Revision = None,
     trust_remote_code: Trust = False,
     text_field: TextField = "text",
     label_field: LabelField = "label",
+    skip_bad_lines: SkipBad = False,
     seed: Seed = 0,
     dry_run: DryRun = False,
     json: Json = False,
@@ -87,13 +91,15 @@ def phenomena(
     check_report(report)
     if not store.parent.is_dir():
         raise InputError(f"cannot make a store at {store}", found="no such folder", fix=f"mkdir -p {store.parent}")
-    asked = Asked(texts, max_length, batch_size, cut_texts, controls, not no_needles, full_grid, trials, generate, seed)
+    asked = Asked(texts, max_length, batch_size, cut_texts, controls, needles, full_grid, trials, generate, seed)
     asked.check()
     if data is None:
         news("no --data: using the bundled labelled corpus")
-    corpus = Corpus.load(data or "demo", text_field=text_field, label_field=label_field)
+    corpus = Corpus.load(data or "demo", text_field=text_field, label_field=label_field, skip_bad_lines=skip_bad_lines)
     corpus.facts()
-    live = load(model, device=device, dtype=dtype, revision=revision, trust_remote_code=trust_remote_code)
+    live = load(
+        model, device=device, device_map=device_map, dtype=dtype, revision=revision, trust_remote_code=trust_remote_code
+    )
     if dry_run:
         _plan(live, None if data is None else corpus, asked, store, json=json)
         return

@@ -7,9 +7,9 @@ from typing import Annotated, Any
 
 import typer
 
-from moescope.cli.output import as_json, facts, news, table
-from moescope.cli.profile import (
+from moescope.cli.flags import (
     BatchSize,
+    Budget,
     Data,
     Device,
     DeviceMap,
@@ -28,19 +28,19 @@ from moescope.cli.profile import (
     SkipBad,
     TextField,
     Trust,
+    listed,
 )
+from moescope.cli.output import as_json, facts, news, table
 
-StorePath = Annotated[Path, typer.Option(help="Where the run would be recorded; nothing is opened or written there.")]
-Budget = Annotated[
-    str | None,
-    typer.Option(help="Bytes on disk that the run may take: 500MB, 2GB, 1.5GiB, …", show_default=False),
+PlannedStore = Annotated[
+    Path, typer.Option("--store", help="Where the run would be recorded; nothing is opened or written there.")
 ]
 
 
 def plan(
     model: Model,
     data: Data = None,
-    store: StorePath = Path("runs.duckdb"),
+    store: PlannedStore = Path("runs.duckdb"),
     probe: Probe = None,
     site: Sites = None,
     sample: Sample = 1.0,
@@ -87,8 +87,8 @@ def plan(
     made = make_plan(
         live,
         corpus,
-        probes=probe.replace(" ", "").split(",") if probe else None,
-        sites=site.replace(" ", "").split(",") if site else [],
+        probes=listed(probe) or None,
+        sites=listed(site),
         sample=sample,
         generate=generate,
         batch_size=batch_size,

@@ -7,95 +7,64 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from moescope.cli.flags import (
+    RECORDING,
+    SIZE,
+    BatchSize,
+    Budget,
+    Data,
+    Device,
+    DeviceMap,
+    DryRun,
+    Dtype,
+    Generate,
+    Json,
+    LabelField,
+    MaxLength,
+    Model,
+    Name,
+    Padding,
+    Probe,
+    RayAddress,
+    Report,
+    Resume,
+    Revision,
+    Sample,
+    Seed,
+    Sites,
+    SkipBad,
+    StorePath,
+    TextField,
+    Trust,
+    Workers,
+    listed,
+)
 from moescope.cli.output import as_json, facts, news
+from moescope.cli.report import Thresholds, tell_verdicts
+from moescope.cli.stages import stages
 from moescope.core.errors import InputError
 
 if TYPE_CHECKING:
     from moescope.core.intervention import Intervention
     from moescope.probes.corpus import Corpus
     from moescope.probes.live_model import LiveModel
-    from moescope.probes.record import Recording
+    from moescope.probes.recording import Recording
     from moescope.store.run import Run
     from moescope.store.store import Store
 
-Model = Annotated[str, typer.Argument(help='"demo", a Hub id, a folder, or a .gguf file.', show_default=False)]
-Data = Annotated[
-    str | None,
-    typer.Option(
-        help="Corpus: a .jsonl, .csv, .parquet or .txt file, or a folder of them.  [default: the bundled labelled corpus]",
-        show_default=False,
-    ),
-]
-StorePath = Annotated[Path, typer.Option(help="DuckDB file to record into; made where it is not there.")]
-Name = Annotated[
-    str | None, typer.Option(help="Name of the run.  [default: the model's, numbered]", show_default=False)
-]
-InterventionFile = Annotated[
+RecordedUnder = Annotated[
     Path | None,
     typer.Option(
+        "--intervention",
+        rich_help_panel=RECORDING,
         help="Record the model under this saved intervention (moescope intervene effect --save-intervention writes one).",
         show_default=False,
     ),
 ]
-Budget = Annotated[
-    str | None,
-    typer.Option(
-        help="Bytes on disk that the run may take: 500MB, 2GB, 1.5GiB, …; what does not fit is left out.",
-        show_default=False,
-    ),
-]
-Report = Annotated[Path | None, typer.Option(help="Also write an HTML report here.", show_default=False)]
-Probe = Annotated[
-    str | None,
-    typer.Option(help="Probes, comma-separated.  [default: tokens,routing,experts,residual]", show_default=False),
-]
-Sites = Annotated[
-    str | None,
-    typer.Option(
-        help="Also keep whole vectors at these sites, comma-separated: blocks.3.hook_resid_post,…", show_default=False
-    ),
-]
-Sample = Annotated[float, typer.Option(help="Share of the tokens whose vectors are kept at --site.")]
-Generate = Annotated[
-    int, typer.Option(min=0, help="Continue every sequence greedily by up to so many tokens, and record those too.")
-]
-BatchSize = Annotated[int, typer.Option(min=1, help="Sequences a forward pass.")]
-MaxLength = Annotated[int, typer.Option(min=2, help="Tokens of the longest sequence; longer documents are split.")]
-Padding = Annotated[
-    str | None,
-    typer.Option(
-        help="Fill up shorter sequences at the left or right.  [default: left with --generate, else right]",
-        show_default=False,
-    ),
-]
-Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, …")]
-DeviceMap = Annotated[
-    str | None, typer.Option(help="auto: spread the model over all devices instead.", show_default=False)
-]
-Dtype = Annotated[str, typer.Option(help="auto (as stored), float32, bfloat16 or float16.")]
-Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit on the Hub.", show_default=False)]
-Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run Python code that comes with the model.")]
-TextField = Annotated[str, typer.Option(help="Field that holds the text.")]
-LabelField = Annotated[str, typer.Option(help="Field that holds the label.")]
-SkipBad = Annotated[bool, typer.Option("--skip-bad-lines", help="Count unreadable records instead of stopping.")]
-Seed = Annotated[int, typer.Option(help="Decides which tokens --sample takes; stored with the run.")]
-Resume = Annotated[
+TimePlain = Annotated[
     bool,
-    typer.Option("--resume", help="Go on with the run of this name after its last whole chunk, if it was stopped."),
+    typer.Option("--time-plain", rich_help_panel=SIZE, help="Also time plain forward passes over the same batches."),
 ]
-Workers = Annotated[
-    int, typer.Option(min=1, help="Record with so many workers on Ray, each with its own copy of the model.")
-]
-RayAddress = Annotated[
-    str | None,
-    typer.Option(
-        help="Ray cluster to record on: auto, host:port, ray://….  [default: a Ray on this machine, for --workers]",
-        show_default=False,
-    ),
-]
-TimePlain = Annotated[bool, typer.Option("--time-plain", help="Also time plain forward passes over the same batches.")]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Check everything and say what would be done.")]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
 def profile(
@@ -104,10 +73,11 @@ def profile(
     store: StorePath = Path("runs.duckdb"),
     name: Name = None,
     report: Report = None,
+    thresholds: Thresholds = None,
     probe: Probe = None,
     site: Sites = None,
     sample: Sample = 1.0,
-    intervention: InterventionFile = None,
+    intervention: RecordedUnder = None,
     generate: Generate = 0,
     budget: Budget = None,
     batch_size: BatchSize = 8,
@@ -141,6 +111,7 @@ def profile(
     from moescope.store.store import Store
 
     check_report(report)
+    check_thresholds(thresholds)
     check_sizes(batch_size, max_length, generate, sample, padding)
     budget = None if budget is None else str(read_bytes(budget))
     if time_plain and generate:
@@ -160,8 +131,8 @@ def profile(
     found = corpus.facts()
     if data is None:
         news(f"no --data: using the bundled labelled corpus of {found.documents} documents")
-    names = probe.replace(" ", "").split(",") if probe else None
-    sites = site.replace(" ", "").split(",") if site else []
+    names = listed(probe) or None
+    sites = listed(site)
     run_name = _checked_name(store, name, model, read_only=dry_run, resume=resume)
     load_options: dict[str, Any] = {
         "device": device,
@@ -196,7 +167,7 @@ def profile(
                 progress=not json,
                 **options,
             )
-            _tell(run, store, report, None, json=json)
+            _tell(run, store, report, thresholds, None, json=json)
         return
     live = load(model, **load_options)
     read = [read_site(s, live.anatomy) for s in sites]
@@ -228,7 +199,7 @@ def profile(
         before = _plain_seconds(recording) if time_plain else 0.0
         run = recording.run(progress=not json)
         after = _plain_seconds(recording) if time_plain else 0.0
-        _tell(run, store, report, (before + after) / 2 if time_plain else None, json=json)
+        _tell(run, store, report, thresholds, (before + after) / 2 if time_plain else None, json=json)
 
 
 def _read_intervention(path: Path | None, *, alone: bool) -> Intervention | None:
@@ -268,7 +239,7 @@ def _recording(
     progress: bool,
 ) -> Recording:
     """The recording, within its budget where there is one."""
-    from moescope.probes.record import Recording
+    from moescope.probes.recording import Recording
 
     planned = None
     if budget is not None:
@@ -282,18 +253,33 @@ def _recording(
     return Recording(live, corpus, store, resume=resume, planned=planned, **options)
 
 
-def _tell(run: Run, store: Path, report: Path | None, plain_seconds: float | None, *, json: bool) -> None:
-    """Say what was recorded, write the report, and leave with 3 where something is missing."""
+def _tell(
+    run: Run, store: Path, report: Path | None, thresholds: Path | None, plain_seconds: float | None, *, json: bool
+) -> None:
+    """Say what was recorded, write the report, judge the thresholds; leave with 3 where something is missing."""
     summary = _summary(run, plain_seconds)
     if report is not None:
         from moescope.report.write import write_report
 
-        summary["report"] = str(write_report(run, report))
+        with stages("reporting") as tell:
+            summary["report"] = str(write_report(run, report, thresholds=thresholds, tell=tell))
     summary["store"] = str(store)
+    code = 0
+    if thresholds is not None:
+        from moescope.report.thresholds.judging import exit_code, judge
+        from moescope.report.thresholds.rules import read_rules
+
+        verdicts = judge(read_rules(thresholds), [run])
+        code = exit_code(verdicts)
+        if json:
+            summary["thresholds"] = [one.data() for one in verdicts]
+        else:
+            tell_verdicts(verdicts)
     as_json(summary) if json else facts(summary)
     if not run.complete:
         _tell_gaps(run)
-        raise typer.Exit(3)
+    if code or not run.complete:
+        raise typer.Exit(code or 3)
 
 
 def _plain_seconds(recording: Recording) -> float:
@@ -376,13 +362,17 @@ def _checked_name(path: Path, name: str | None, model: str, *, read_only: bool, 
     return name if name is not None else next(n for n in numbered if n not in taken)
 
 
+def check_thresholds(thresholds: Path | None) -> None:
+    """Raise `InputError` before any work where a file of thresholds cannot be read."""
+    if thresholds is not None:
+        from moescope.report.thresholds.rules import read_rules
+
+        read_rules(thresholds)
+
+
 def check_report(report: Path | None) -> None:
     """Raise `InputError` before any work where a report could not be written there."""
-    if report is None:
-        return
-    if report.suffix != ".html":
-        raise InputError("a report is an HTML file", expected="--report with a path ending in .html", found=str(report))
-    if report.is_dir():
-        raise InputError(f"cannot write {report}", found="a folder of that name", fix="choose another name")
-    if not report.parent.is_dir():
-        raise InputError(f"cannot write {report}", found="no such folder", fix=f"mkdir -p {report.parent}")
+    if report is not None:
+        from moescope.report.write import check_target
+
+        check_target(report)

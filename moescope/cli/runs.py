@@ -9,12 +9,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperGroup
 
+from moescope.cli.command import command
+from moescope.cli.completion import run_names
+from moescope.cli.flags import DryRun, InStore, Json, Store, Yes
 from moescope.cli.output import as_json, facts, news, table
 from moescope.core.errors import InputError
 
 if TYPE_CHECKING:
     from moescope.store.run import Run
-    from moescope.store.store import Store
+    from moescope.store.store import Store as OpenedStore
 
 
 class _Listing(TyperGroup):
@@ -35,19 +38,15 @@ group = typer.Typer(
     Example: moescope runs runs.duckdb""",
 )
 
-_StoreArgument = Annotated[Path, typer.Argument(help="The store.")]
-_Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
-
-@group.command("list")
-def runs(store: _StoreArgument = Path("runs.duckdb"), json: _Json = False) -> None:
+def runs(store: Store = Path("runs.duckdb"), json: Json = False) -> None:
     """List the runs of a store: status, size (estimated within the file), when and what.
 
     Example: moescope runs list runs.duckdb
     """
-    from moescope.store.store import Store
+    from moescope.store.store import Store as OpenedStore
 
-    with Store(store, read_only=True) as opened:
+    with OpenedStore(store, read_only=True) as opened:
         found, sizes = opened.runs(), opened.sizes()
         if json:
             as_json(
@@ -83,24 +82,26 @@ def runs(store: _StoreArgument = Path("runs.duckdb"), json: _Json = False) -> No
         news(f"{store}: {in_words(store.stat().st_size)}")
 
 
-@group.command()
 def delete(
-    names: Annotated[list[str], typer.Argument(help="Runs to delete, by name or run_id.")],
-    store: Annotated[Path, typer.Option(help="The store.")] = Path("runs.duckdb"),
-    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be deleted, and stop.")] = False,
-    json: _Json = False,
+    names: Annotated[
+        list[str],
+        typer.Argument(help="Runs to delete, by name or run_id.", show_default=False, autocompletion=run_names),
+    ],
+    store: InStore = Path("runs.duckdb"),
+    yes: Yes = False,
+    dry_run: DryRun = False,
+    json: Json = False,
 ) -> None:
     """Delete runs: all their rows and vectors. The next run uses the room; `runs compact` makes the file smaller.
 
     Example: moescope runs delete base --store runs.duckdb
     """
     from moescope.store.deleting import delete_runs
-    from moescope.store.store import Store
+    from moescope.store.store import Store as OpenedStore
 
     if not store.exists():
         raise InputError(f"there is no store at {store}", fix="name it with --store")
-    with Store(store, read_only=dry_run) as opened:
+    with OpenedStore(store, read_only=dry_run) as opened:
         chosen = _chosen(opened, names)
         sizes = opened.sizes()
         room = sum(sizes[run.run_id].bytes for run in chosen)
@@ -134,19 +135,18 @@ def delete(
     )
 
 
-@group.command()
-def compact(store: _StoreArgument = Path("runs.duckdb"), json: _Json = False) -> None:
+def compact(store: Store = Path("runs.duckdb"), json: Json = False) -> None:
     """Write the file of a store anew, without the room that deleted runs left.
 
     Needs free disk for a second file while it works; stops before it begins where there is none.
 
     Example: moescope runs compact runs.duckdb
     """
-    from moescope.store.store import Store
+    from moescope.store.store import Store as OpenedStore
 
     if not store.exists():
         raise InputError(f"there is no store at {store}", fix="check the path")
-    with Store(store) as opened:
+    with OpenedStore(store) as opened:
         done = opened.compact()
     if json:
         as_json({"store": str(store), "bytes_before": done.before, "bytes_after": done.after})
@@ -154,21 +154,26 @@ def compact(store: _StoreArgument = Path("runs.duckdb"), json: _Json = False) ->
     facts({"before": in_words(done.before), "after": in_words(done.after), "saved": in_words(done.before - done.after)})
 
 
-@group.command()
-def upgrade(store: _StoreArgument = Path("runs.duckdb"), json: _Json = False) -> None:
+def upgrade(store: Store = Path("runs.duckdb"), json: Json = False) -> None:
     """Bring a store that an older version wrote to the present schema; a copy of the file as it was is kept beside it.
 
     Example: moescope runs upgrade runs.duckdb
     """
-    from moescope.store.store import Store
+    from moescope.store.store import Store as OpenedStore
 
     if not store.exists():
         raise InputError(f"there is no store at {store}", fix="check the path")
-    with Store(store) as opened:
+    with OpenedStore(store) as opened:
         said = dict(opened.fetch("SELECT key, value FROM store_info"))
     shown = {"store": str(store), "schema_version": int(said["schema_version"])}
     shown |= {key: said[key] for key in ("upgraded_by", "upgraded_at") if key in said}
     as_json(shown) if json else facts(shown)
+
+
+command(group, runs, "list")
+command(group, delete)
+command(group, compact)
+command(group, upgrade)
 
 
 def in_words(size: int) -> str:
@@ -186,7 +191,7 @@ def in_words(size: int) -> str:
     return f"{value:.0f} B" if unit == "B" else f"{value:.1f} {unit}"
 
 
-def _chosen(store: Store, names: list[str]) -> list[Run]:
+def _chosen(store: OpenedStore, names: list[str]) -> list[Run]:
     """The runs named, each once; every name is checked before anything is touched."""
     chosen: dict[str, Run] = {}
     for name in names:

@@ -32,7 +32,18 @@ def sets(tmp_path: Path) -> tuple[Path, Path]:
 def contrast(cli: Cli, sets: tuple[Path, Path], tmp_path: Path, demo_loaded: None) -> Cli:
     def call(*options: object) -> Any:
         a, b = sets
-        return cli("intervene", "contrast", "demo", "--a", a, "--b", b, "--store", tmp_path / "runs.duckdb", *options)
+        return cli(
+            "intervene",
+            "contrast",
+            "demo",
+            "--prompts-a",
+            a,
+            "--prompts-b",
+            b,
+            "--store",
+            tmp_path / "runs.duckdb",
+            *options,
+        )
 
     return call
 
@@ -92,7 +103,9 @@ def test_senseless_sets_are_refused(cli: Cli, sets: tuple[Path, Path], tmp_path:
     one.write_text("Only this.\n", encoding="utf-8")
     empty.write_text("", encoding="utf-8")
     a = sets[0]
-    cli("intervene", "contrast", "demo", "--a", a, "--b", a).assert_refused("same prompts")
-    cli("intervene", "contrast", "demo", "--a", a, "--b", one).assert_refused("too few prompts")
-    cli("intervene", "contrast", "demo", "--a", a, "--b", empty).assert_refused()
-    cli("intervene", "contrast", "demo", "--a", a, "--b", tmp_path / "nowhere.jsonl").assert_refused("nowhere")
+    cli("intervene", "contrast", "demo", "--prompts-a", a, "--prompts-b", a).assert_refused("same prompts")
+    cli("intervene", "contrast", "demo", "--prompts-a", a, "--prompts-b", one).assert_refused("too few prompts")
+    cli("intervene", "contrast", "demo", "--prompts-a", a, "--prompts-b", empty).assert_refused()
+    cli("intervene", "contrast", "demo", "--prompts-a", a, "--prompts-b", tmp_path / "nowhere.jsonl").assert_refused(
+        "nowhere"
+    )

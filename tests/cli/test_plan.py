@@ -72,7 +72,17 @@ def test_plan_takes_the_flags_of_profile() -> None:
 
     of_plan, of_profile = (inspect.signature(command).parameters for command in (plan, profile))
     own = {"budget"}
-    of_recording = {"name", "report", "time_plain", "dry_run", "resume", "workers", "ray_address", "intervention"}
+    of_recording = {
+        "name",
+        "report",
+        "thresholds",
+        "time_plain",
+        "dry_run",
+        "resume",
+        "workers",
+        "ray_address",
+        "intervention",
+    }
     assert set(of_profile) - set(of_plan) <= of_recording
     assert set(of_plan) - set(of_profile) <= own
     for name in set(of_plan) & set(of_profile):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import typer
 
+from moescope.cli.command import command
 from moescope.cli.intervene.contrast import contrast
 from moescope.cli.intervene.edits import edits
 from moescope.cli.intervene.effect import effect
@@ -14,7 +15,7 @@ group = typer.Typer(
     help="Change a model while it runs, and measure what the change does against controls.\n\n"
     'Example: moescope intervene effect demo --edit "ablate layer=3 experts=5" --store runs.duckdb',
 )
-group.command()(effect)
-group.command()(sweep)
-group.command()(contrast)
-group.command()(edits)
+command(group, effect)
+command(group, sweep)
+command(group, contrast)
+command(group, edits)

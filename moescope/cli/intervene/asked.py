@@ -3,28 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
-
-import typer
+from typing import TYPE_CHECKING
 
 from moescope.core.errors import InputError
 
 if TYPE_CHECKING:
     from moescope.core.intervention import Intervention
-
-EditWords = Annotated[
-    list[str] | None,
-    typer.Option(
-        help="An edit in words, repeatable: 'ablate layer=3 experts=5,9 how=route_around'; they act in this order.",
-        show_default=False,
-    ),
-]
-InterventionFile = Annotated[
-    Path | None, typer.Option(help="A saved intervention, instead of --edit.", show_default=False)
-]
-SaveIntervention = Annotated[
-    Path | None, typer.Option(help="Also save the intervention here, as JSON.", show_default=False)
-]
 
 
 def asked_intervention(edit: list[str] | None, file: Path | None, *, name: str | None = None) -> Intervention:

@@ -7,8 +7,23 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from moescope.cli.flags import (
+    BatchSize,
+    Device,
+    DeviceMap,
+    DryRun,
+    Dtype,
+    Json,
+    MaxLength,
+    Model,
+    Output,
+    Revision,
+    Seed,
+    SkipBad,
+    TextField,
+    Trust,
+)
 from moescope.cli.output import as_json, facts, news, printable, table
-from moescope.cli.profile import BatchSize, Device, DeviceMap, DryRun, Dtype, Json, Model, Revision, TextField, Trust
 from moescope.core.errors import InputError
 
 if TYPE_CHECKING:
@@ -16,46 +31,41 @@ if TYPE_CHECKING:
 
 _INCOMPLETE = 3
 
-PromptsA = Annotated[str, typer.Option("--a", help="First set of prompts: .jsonl, .csv, .parquet or .txt.")]
-PromptsB = Annotated[str, typer.Option("--b", help="Second set of prompts.")]
+PromptsA = Annotated[str, typer.Option(help="First set of prompts: .jsonl, .csv, .parquet or .txt.")]
+PromptsB = Annotated[str, typer.Option(help="Second set of prompts: .jsonl, .csv, .parquet or .txt.")]
 StorePath = Annotated[
     Path, typer.Option(help="DuckDB file for the two runs and the effects; made where it is not there.")
 ]
 Name = Annotated[str, typer.Option(help="Name of the two runs: NAME: chosen on, NAME: tested on.")]
-Labels = Annotated[str, typer.Option(help="Names of the sets, divided by a comma.")]
+Labels = Annotated[str, typer.Option(help="Names of the two sets, with a comma between.")]
 Method = Annotated[
     str, typer.Option(help="How experts are ranked: risk_difference, prompt_mean, resonance, or npmi of --words.")
 ]
 Tokens = Annotated[
     str, typer.Option(help="Which tokens count: all, prompt, last, a span such as 0:10, or token:13 (an id).")
 ]
-Words = Annotated[str | None, typer.Option(help="For npmi: token ids or texts, divided by commas.", show_default=False)]
+Words = Annotated[str | None, typer.Option(help="For npmi: token ids or texts, comma-separated.", show_default="none")]
 Suppress = Annotated[int, typer.Option(min=0, help="How many of the first set's experts to suppress.")]
 Stimulate = Annotated[int, typer.Option(min=0, help="How many of them to stimulate.")]
 Steer = Annotated[
     str | None,
     typer.Option(
         help="Steer towards the first set as SteerMoE does, as well: experts to force, experts to route around: 5,50.",
-        show_default=False,
+        show_default="not steered",
     ),
 ]
-SuppressBy = Annotated[str, typer.Option(help="route_around, renormalise, zero, bias or scale.")]
-StimulateBy = Annotated[str, typer.Option(help="force, bias or scale.")]
-Amount = Annotated[
-    float | None, typer.Option(help="Of bias (logits) and scale (a factor).  [default: 2]", show_default=False)
+SuppressBy = Annotated[
+    str, typer.Option(help="How experts are suppressed: route_around, renormalise, zero, bias or scale.")
 ]
+StimulateBy = Annotated[str, typer.Option(help="How experts are stimulated: force, bias or scale.")]
+Amount = Annotated[float | None, typer.Option(help="Of bias, in logits, and of scale, a factor.", show_default="2")]
 Controls = Annotated[int, typer.Option(min=1, help="Random sets of experts for each intervention.")]
 Desired = Annotated[
     list[str] | None,
-    typer.Option(help="A continuation that is wanted after the prompts, repeatable.", show_default=False),
+    typer.Option(help="A continuation that is wanted after the prompts, repeatable.", show_default="none"),
 ]
 Undesired = Annotated[
-    list[str] | None, typer.Option(help="A continuation that is not wanted, repeatable.", show_default=False)
-]
-MaxLength = Annotated[int, typer.Option(min=2, help="Tokens of the longest sequence; longer prompts are split.")]
-Seed = Annotated[int, typer.Option(help="Of halves, random sets, shuffles and resamples.")]
-Output = Annotated[
-    Path | None, typer.Option(help="Also save: .html, .png, .svg, .csv, .parquet or .json.", show_default=False)
+    list[str] | None, typer.Option(help="A continuation that is not wanted, repeatable.", show_default="none")
 ]
 
 _CHOICES = {
@@ -67,8 +77,8 @@ _CHOICES = {
 
 def contrast(
     model: Model,
-    a: PromptsA,
-    b: PromptsB,
+    prompts_a: PromptsA,
+    prompts_b: PromptsB,
     store: StorePath = Path("runs.duckdb"),
     name: Name = "contrast",
     labels: Labels = "a,b",
@@ -92,6 +102,7 @@ def contrast(
     revision: Revision = None,
     trust_remote_code: Trust = False,
     text_field: TextField = "text",
+    skip_bad_lines: SkipBad = False,
     seed: Seed = 0,
     output: Output = None,
     dry_run: DryRun = False,
@@ -99,7 +110,7 @@ def contrast(
 ) -> None:
     """Find the experts that tell two sets of prompts apart; suppress and stimulate them on other prompts, beside random ones.
 
-    Example: moescope intervene contrast demo --a rude.jsonl --b kind.jsonl --store runs.duckdb --suppress 10 --stimulate 10
+    Example: moescope intervene contrast demo --prompts-a rude.jsonl --prompts-b kind.jsonl --store runs.duckdb --suppress 10 --stimulate 10
     """
     from moescope.contrast_api import contrast as run_contrast
     from moescope.core.positions import read_positions
@@ -115,7 +126,9 @@ def contrast(
         read_positions(tokens)
     names = _two(labels, "--labels", str)
     counts = None if steer is None else _two(steer, "--steer", int)
-    set_a, set_b = (Corpus.load(path, text_field=text_field) for path in (a, b))
+    set_a, set_b = (
+        Corpus.load(path, text_field=text_field, skip_bad_lines=skip_bad_lines) for path in (prompts_a, prompts_b)
+    )
     halves = halved(set_a, set_b, labels=names, seed=seed)
     if dry_run:
         plan = {

@@ -7,23 +7,35 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from moescope.cli.intervene.asked import EditWords, InterventionFile, SaveIntervention, asked_intervention
-from moescope.cli.output import as_json, facts, news, printable, table
-from moescope.cli.profile import (
+from moescope.cli.flags import (
+    MEASURED,
+    Base,
+    BaseBatchSize,
+    BaseMaxLength,
+    BaseStore,
     Data,
     Device,
     DeviceMap,
     DryRun,
     Dtype,
+    EditWords,
+    InterventionFile,
     Json,
     LabelField,
     Model,
+    Output,
+    Prompts,
     Report,
     Revision,
+    SaveIntervention,
+    Seed,
     SkipBad,
     TextField,
     Trust,
+    listed,
 )
+from moescope.cli.intervene.asked import asked_intervention
+from moescope.cli.output import as_json, facts, news, printable, table
 from moescope.core.errors import InputError
 
 if TYPE_CHECKING:
@@ -32,7 +44,20 @@ if TYPE_CHECKING:
     from moescope.probes.corpus import Corpus
     from moescope.probes.live_model import LiveModel
 
-StorePath = Annotated[Path, typer.Option(help="DuckDB file that holds the base run and gets the effect.")]
+Controls = Annotated[int, typer.Option(rich_help_panel=MEASURED, min=0, help="Matched random controls.")]
+Group = Annotated[
+    list[str],
+    typer.Option(
+        rich_help_panel=MEASURED,
+        help="Also group tokens by these, comma-separated or repeated: label, position, class, or none of them: all.",
+    ),
+]
+Continued = Annotated[
+    int,
+    typer.Option(
+        rich_help_panel=MEASURED, min=0, help="Also continue texts by up to so many tokens and measure what is written."
+    ),
+]
 _ENDINGS = (".html", ".png", ".svg", ".csv", ".parquet", ".json")
 
 
@@ -41,46 +66,33 @@ def effect(
     edit: EditWords = None,
     intervention: InterventionFile = None,
     name: Annotated[
-        str | None, typer.Option(help="What to call the intervention in tables and figures.", show_default=False)
+        str | None,
+        typer.Option(help="What to call the intervention in tables and figures.", show_default="its edits in words"),
     ] = None,
     data: Data = None,
-    store: StorePath = Path("runs.duckdb"),
-    controls: Annotated[int, typer.Option(min=0, help="Matched random controls.")] = 5,
-    base: Annotated[
-        str | None,
-        typer.Option(
-            help="Name of the unedited model's run.  [default: one that fits, or one recorded now]", show_default=False
-        ),
-    ] = None,
-    group: Annotated[str, typer.Option(help="Also group tokens by these, comma-separated.")] = "label,position,class",
-    generate: Annotated[
-        int, typer.Option(min=0, help="Also continue texts by up to so many tokens and measure what is written.")
-    ] = 0,
-    prompts: Annotated[int, typer.Option(min=1, help="How many texts --generate continues.")] = 16,
+    store: BaseStore = Path("runs.duckdb"),
+    controls: Controls = 5,
+    base: Base = None,
+    group: Group = ["label", "position", "class"],  # noqa: B006  typer reads it, nothing changes it
+    generate: Continued = 0,
+    prompts: Prompts = 16,
     decompose: Annotated[
         bool,
-        typer.Option("--decompose", help="Split the effect into content and re-routing, by replaying the base run."),
+        typer.Option(
+            "--decompose",
+            rich_help_panel=MEASURED,
+            help="Split the effect into content and re-routing, by replaying the base run.",
+        ),
     ] = False,
     keep_run: Annotated[
         str | None,
-        typer.Option(help="Also record a full run under the intervention, with this name.", show_default=False),
+        typer.Option(help="Also record a full run under the intervention, with this name.", show_default="none"),
     ] = None,
-    batch_size: Annotated[
-        int | None,
-        typer.Option(min=1, help="Sequences a forward pass.  [default: the base run's, else 8]", show_default=False),
-    ] = None,
-    max_length: Annotated[
-        int | None,
-        typer.Option(
-            min=2, help="Tokens of the longest sequence.  [default: the base run's, else 512]", show_default=False
-        ),
-    ] = None,
+    batch_size: BaseBatchSize = None,
+    max_length: BaseMaxLength = None,
     save_intervention: SaveIntervention = None,
     report: Report = None,
-    output: Annotated[
-        Path | None,
-        typer.Option(help="Also save the answer: .html, .png, .svg, .csv, .parquet or .json.", show_default=False),
-    ] = None,
+    output: Output = None,
     device: Device = "auto",
     device_map: DeviceMap = None,
     dtype: Dtype = "auto",
@@ -89,7 +101,7 @@ def effect(
     text_field: TextField = "text",
     label_field: LabelField = "label",
     skip_bad_lines: SkipBad = False,
-    seed: Annotated[int, typer.Option(min=0, help="Decides the controls and the resampling.")] = 0,
+    seed: Seed = 0,
     dry_run: DryRun = False,
     json: Json = False,
 ) -> None:
@@ -103,7 +115,7 @@ def effect(
     from moescope.probes.loading import load
 
     asked = asked_intervention(edit, intervention, name=name)
-    groups = [part for part in group.replace(" ", "").split(",") if part]
+    groups = listed(group)
     check_groups(groups)
     check_report(report)
     _check_paths(output, save_intervention, store)

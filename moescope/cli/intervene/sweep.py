@@ -7,22 +7,31 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from moescope.cli.intervene.asked import EditWords, InterventionFile, asked_intervention
-from moescope.cli.output import as_json, facts, news, printable, table
-from moescope.cli.profile import (
+from moescope.cli.flags import (
+    Base,
+    BaseBatchSize,
+    BaseMaxLength,
+    BaseStore,
     Data,
     Device,
     DeviceMap,
     DryRun,
     Dtype,
+    EditWords,
+    InterventionFile,
     Json,
     LabelField,
     Model,
+    Output,
+    Prompts,
     Revision,
+    Seed,
     SkipBad,
     TextField,
     Trust,
 )
+from moescope.cli.intervene.asked import asked_intervention
+from moescope.cli.output import as_json, facts, news, printable, table
 from moescope.core.errors import InputError
 
 if TYPE_CHECKING:
@@ -31,7 +40,6 @@ if TYPE_CHECKING:
 _ENDINGS = (".html", ".png", ".svg", ".csv", ".parquet", ".json")
 _HOWS = ("zero", "route_around", "renormalise", "mean", "copy")
 
-StorePath = Annotated[Path, typer.Option(help="DuckDB file that holds the base run and gets the effects.")]
 Kind = Annotated[
     str,
     typer.Option(
@@ -41,32 +49,43 @@ Kind = Annotated[
 How = Annotated[
     str | None,
     typer.Option(
-        help=f"How experts are taken out: {', '.join(_HOWS)}.  [default: zero; for drop route_around]",
-        show_default=False,
+        help=f"How experts are taken out: {', '.join(_HOWS)}.",
+        show_default="zero; for drop route_around",
     ),
 ]
-Layers = Annotated[
-    str | None, typer.Option(help="Layers, as in 0,3 or 2-5.  [default: all that route]", show_default=False)
-]
+Layers = Annotated[str | None, typer.Option(help="Layers, as in 0,3 or 2-5.", show_default="all that route")]
 Score = Annotated[
     list[str] | None,
     typer.Option(
-        help="Measure of the analysis importance that drop and keep go by, repeatable.  [default: frequency]",
-        show_default=False,
+        help="Measure of the analysis importance that drop and keep go by, repeatable.",
+        show_default="frequency",
     ),
 ]
 Shares = Annotated[
-    str | None, typer.Option(help="Shares of experts (of scores for top_p), as in 0.1,0.25,0.5.", show_default=False)
+    str | None,
+    typer.Option(
+        help="Shares of experts (of scores for top_p), from 0 to 1, comma-separated: 0.1,0.25,0.5.",
+        show_default="what the kind needs",
+    ),
 ]
-Numbers = Annotated[str | None, typer.Option(help="Experts a token for top_k, as in 1,2,4.", show_default=False)]
-Strengths = Annotated[str, typer.Option(help="Strengths of dose, as in 0.5,1,2.")]
+Numbers = Annotated[
+    str | None,
+    typer.Option(help="Experts a token for top_k, comma-separated: 1,2,4.", show_default="all up to the model's"),
+]
+Strengths = Annotated[
+    str, typer.Option(help="Factors of the intervention's amount, for dose, comma-separated: 0.5,1,2.")
+]
 Screen = Annotated[
     int | None,
     typer.Option(
-        min=0, help="Estimate all experts in one pass, and run only so many of the highest exactly.", show_default=False
+        min=0,
+        help="Estimate all experts in one pass, and run only so many of the highest exactly.",
+        show_default="run all exactly",
     ),
 ]
-Sample = Annotated[int, typer.Option(min=0, help="With --screen: so many others, at random, are run exactly too.")]
+Sample = Annotated[
+    int, typer.Option(min=0, help="With --screen: so many other experts, at random, are run exactly too.")
+]
 
 
 def sweep(
@@ -77,42 +96,28 @@ def sweep(
     score: Score = None,
     shares: Shares = None,
     numbers: Numbers = None,
-    across: Annotated[str, typer.Option(help="Whether the experts of drop compete in their layer or model.")] = "layer",
+    across: Annotated[
+        str, typer.Option(help="Whether the experts of drop compete in their layer or in the model: layer or model.")
+    ] = "layer",
     highest: Annotated[bool, typer.Option("--highest", help="For drop: take out the highest scores.")] = False,
     draws: Annotated[int, typer.Option(min=0, help="Random sets beside each set, or seeds of random routing.")] = 5,
     edit: EditWords = None,
     intervention: InterventionFile = None,
     strengths: Strengths = "0.25,0.5,1,2",
     generate: Annotated[int, typer.Option(min=0, help="For dose: tokens written after each prompt; 0 for none.")] = 32,
-    prompts: Annotated[int, typer.Option(min=1, help="How many texts --generate continues.")] = 16,
+    prompts: Prompts = 16,
     screen: Screen = None,
     sample: Sample = 16,
     data: Data = None,
-    store: StorePath = Path("runs.duckdb"),
-    base: Annotated[
-        str | None,
-        typer.Option(
-            help="Name of the unedited model's run.  [default: one that fits, or one recorded now]", show_default=False
-        ),
-    ] = None,
-    batch_size: Annotated[
-        int | None,
-        typer.Option(min=1, help="Sequences a batch.  [default: the base run's, else 8]", show_default=False),
-    ] = None,
-    max_length: Annotated[
-        int | None,
-        typer.Option(
-            min=2, help="Tokens of the longest sequence.  [default: the base run's, else 512]", show_default=False
-        ),
-    ] = None,
+    store: BaseStore = Path("runs.duckdb"),
+    base: Base = None,
+    batch_size: BaseBatchSize = None,
+    max_length: BaseMaxLength = None,
     rows: Annotated[
-        int | None, typer.Option(min=1, help="Sequences a pass.  [default: as many as a batch has]", show_default=False)
+        int | None, typer.Option(min=1, help="Sequences a pass.", show_default="as many as a batch has")
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the same sweep where it was stopped.")] = False,
-    output: Annotated[
-        Path | None,
-        typer.Option(help="Also save the answer: .html, .png, .svg, .csv, .parquet or .json.", show_default=False),
-    ] = None,
+    output: Output = None,
     device: Device = "auto",
     device_map: DeviceMap = None,
     dtype: Dtype = "auto",
@@ -121,7 +126,7 @@ def sweep(
     text_field: TextField = "text",
     label_field: LabelField = "label",
     skip_bad_lines: SkipBad = False,
-    seed: Annotated[int, typer.Option(help="Decides random sets, samples and the resampling.")] = 0,
+    seed: Seed = 0,
     dry_run: DryRun = False,
     json: Json = False,
 ) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import typer
 
+from moescope.cli.command import command
 from moescope.cli.sae.circuit import circuit
 from moescope.cli.sae.delete import delete
 from moescope.cli.sae.describe import describe
@@ -26,19 +27,19 @@ group = typer.Typer(
     help="Sparse autoencoders over recorded vectors: train, judge, read, join to experts, steer.\n\n"
     "Example: moescope sae study demo --site blocks.3.hook_mlp_out --store sae.duckdb --report sae.html",
 )
-group.command()(study)
-group.command()(record)
-group.command()(train)
-group.command("list")(list_)
-group.command("import")(import_)
-group.command("export")(export)
-group.command()(delete)
-group.command()(judge)
-group.command()(read)
-group.command()(features)
-group.command()(probe)
-group.command()(describe)
-group.command()(experts)
-group.command()(steer)
-group.command()(students)
-group.command()(circuit)
+command(group, study)
+command(group, record)
+command(group, train)
+command(group, list_, "list")
+command(group, import_, "import")
+command(group, export, "export")
+command(group, delete)
+command(group, judge)
+command(group, read)
+command(group, features)
+command(group, probe)
+command(group, describe)
+command(group, experts)
+command(group, steer)
+command(group, students)
+command(group, circuit)

@@ -8,31 +8,36 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from moescope.cli.flags import Device, DeviceMap, DryRun, Dtype, Json, Model, Report, Revision, Seed, StorePath, Trust
 from moescope.cli.output import as_json, facts, news, printable, table
-from moescope.cli.profile import Device, Dtype, Json, Model, Report, Revision, StorePath, Trust, check_report
+from moescope.cli.profile import check_report
+from moescope.cli.sae.asked import tell_plan
 from moescope.core.errors import InputError
 
 if TYPE_CHECKING:
     from moescope.core.result import Result
 
-_Task = Annotated[str, typer.Option(help="ioi, greater_than or induction.")]
+_Task = Annotated[str, typer.Option(help="The task: ioi, greater_than or induction.")]
 _Side = Annotated[
     Path | None,
     typer.Option(
         help="Prompts of one's own in place of a task: a text file, one a line; after tabs the right and a wrong answer.",
-        show_default=False,
+        show_default="none",
     ),
 ]
-_Name = Annotated[str | None, typer.Option(help="Name of the run.  [default: circuit of the task]", show_default=False)]
+_Name = Annotated[str | None, typer.Option(help="Name of the run.", show_default="circuit of the task")]
 _Examples = Annotated[int, typer.Option(min=4, help="Prompts of each kind that scores come from.")]
 _HeldOut = Annotated[int, typer.Option(min=2, help="Other prompts, on which cuts are measured.")]
 _Codes = Annotated[int, typer.Option(min=2, help="Latents of the autoencoder over head outputs.")]
 _Threshold = Annotated[
-    float | None, typer.Option(help="Heads whose score × heads is over it; 1 where all are alike.", show_default=False)
+    float | None, typer.Option(help="Heads whose score × heads is over it; 1 where all are alike.", show_default="none")
 ]
-_Size = Annotated[int | None, typer.Option(min=1, help="So many heads.  [default: 5 % of them]", show_default=False)]
+_Size = Annotated[int | None, typer.Option(min=1, help="So many heads.", show_default="5 % of them")]
 _Level = Annotated[
-    float | None, typer.Option(help="Heads called at this false-discovery rate, which may be none.", show_default=False)
+    float | None,
+    typer.Option(
+        min=0, max=1, help="Heads called at this false-discovery rate, which may be none.", show_default="none"
+    ),
 ]
 _Positions = Annotated[Literal["last", "all"], typer.Option(help="Where heads are cut: at the last token, or at all.")]
 _Draws = Annotated[int, typer.Option(min=2, help="Random sets of heads.")]
@@ -56,10 +61,12 @@ def circuit(
     positions: _Positions = "last",
     draws: _Draws = 10,
     device: Device = "auto",
+    device_map: DeviceMap = None,
     dtype: Dtype = "auto",
     revision: Revision = None,
     trust_remote_code: Trust = False,
-    seed: Annotated[int, typer.Option(min=0, help="Of everything random.")] = 0,
+    seed: Seed = 0,
+    dry_run: DryRun = False,
     json: Json = False,
 ) -> None:
     """Find the attention heads that a task needs, and cut them against random ones.
@@ -78,7 +85,17 @@ def circuit(
     if not store.parent.is_dir():
         raise InputError(f"cannot make a store at {store}", found="no such folder", fix=f"mkdir -p {store.parent}")
     asked: Any = task if positives is None or negatives is None else (_prompts(positives), _prompts(negatives))
-    live = load(model, device=device, dtype=dtype, revision=revision, trust_remote_code=trust_remote_code)
+    live = load(
+        model, device=device, device_map=device_map, dtype=dtype, revision=revision, trust_remote_code=trust_remote_code
+    )
+    if dry_run:
+        told = {
+            "task": task if isinstance(asked, str) else "prompts of one's own",
+            "examples": examples,
+            "held out": held_out,
+        }
+        tell_plan(store, run=None, any_run=True, saes=[], model=live, json=json, **told)
+        return
     with Store(store) as opened:
         found = head_circuit(
             live, opened, task=asked, examples=examples, held_out=held_out, codes=codes, threshold=threshold, size=size,

@@ -8,16 +8,23 @@ from typing import Annotated
 
 import typer
 
+from moescope.cli.completion import autoencoder_names
+from moescope.cli.flags import DryRun, InStore, Json, Yes
 from moescope.cli.output import as_json, facts, news
-from moescope.cli.sae.train import Json, StorePath, show_saes
+from moescope.cli.sae.train import show_saes
 from moescope.core.errors import InputError
 
 
 def delete(
-    names: Annotated[list[str], typer.Argument(help="Autoencoders to delete, by name or id.", show_default=False)],
-    store: StorePath = Path("runs.duckdb"),
-    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be deleted, and stop.")] = False,
+    names: Annotated[
+        list[str],
+        typer.Argument(
+            help="Autoencoders to delete, by name or id.", show_default=False, autocompletion=autoencoder_names
+        ),
+    ],
+    store: InStore = Path("runs.duckdb"),
+    yes: Yes = False,
+    dry_run: DryRun = False,
     json: Json = False,
 ) -> None:
     """Delete autoencoders: their weights, and every row about them.

@@ -9,8 +9,22 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from moescope.cli.export import only_run
+from moescope.cli.flags import (
+    Device,
+    DeviceMap,
+    DryRun,
+    Dtype,
+    InStore,
+    Json,
+    OneRun,
+    Revision,
+    Seed,
+    Trust,
+    UseModel,
+    UseSae,
+)
 from moescope.cli.output import as_json, news, table
-from moescope.cli.sae.train import Device, Json, StorePath
+from moescope.cli.sae.asked import tell_plan
 from moescope.core.errors import InputError
 
 if TYPE_CHECKING:
@@ -25,29 +39,14 @@ _Command = Annotated[
     ),
 ]
 _Units = Annotated[list[int], typer.Option("--unit", min=0, help="Number of a unit; repeatable.", show_default=False)]
-_Kind = Annotated[str, typer.Option(help="latent, expert, neuron or head.")]
-_Run = Annotated[
-    str | None,
-    typer.Option("--run", help="The run whose texts are shown.  [default: the only one]", show_default=False),
+_Kind = Annotated[str, typer.Option(help="What a unit is: latent, expert, neuron or head.")]
+_Layer = Annotated[
+    int | None, typer.Option(min=0, help="Layer of experts, neurons and heads, from 0.", show_default="none")
 ]
-_Sae = Annotated[
-    str | None, typer.Option("--sae", help="The autoencoder of the latents, by name or id.", show_default=False)
-]
-_Layer = Annotated[int | None, typer.Option(min=0, help="Of experts, neurons and heads.", show_default=False)]
-_Describer = Annotated[
-    str | None, typer.Option(help="The name that is stored.  [default: the command]", show_default=False)
-]
+_Describer = Annotated[str | None, typer.Option(help="The name that is stored.", show_default="the command")]
 _Scores = Annotated[
     list[str] | None,
-    typer.Option(
-        "--score", help="detection, fuzzing or causal; repeatable.  [default: the first two]", show_default=False
-    ),
-]
-_Model = Annotated[
-    str | None,
-    typer.Option(
-        "--model", help="The model, for the causal score and for vectors that the run did not keep.", show_default=False
-    ),
+    typer.Option("--score", help="detection, fuzzing or causal; repeatable.", show_default="the first two"),
 ]
 _Examples = Annotated[int, typer.Option(min=1, help="Windows of text that the describer is shown.")]
 _Judged = Annotated[int, typer.Option(min=4, help="Windows of text that a score asks about.")]
@@ -58,22 +57,27 @@ _Timeout = Annotated[float, typer.Option(min=0.1, help="Seconds that an answer m
 def describe(
     command: _Command,
     unit: _Units,
-    store: StorePath = Path("runs.duckdb"),
-    run: _Run = None,
+    store: InStore = Path("runs.duckdb"),
+    run: OneRun = None,
     unit_kind: _Kind = "latent",
-    sae: _Sae = None,
+    sae: UseSae = None,
     layer: _Layer = None,
     block: Annotated[str, typer.Option(help="Sublayer of experts and neurons.")] = "mlp",
     describer: _Describer = None,
     score: _Scores = None,
-    model: _Model = None,
+    model: UseModel = None,
     examples: _Examples = 20,
     judged: _Judged = 20,
     width: _Width = 32,
     timeout: _Timeout = 120.0,
     again: Annotated[bool, typer.Option("--again", help="Describe anew what this describer has described.")] = False,
     device: Device = "auto",
-    seed: Annotated[int, typer.Option(min=0, help="Of everything random.")] = 0,
+    device_map: DeviceMap = None,
+    dtype: Dtype = "auto",
+    revision: Revision = None,
+    trust_remote_code: Trust = False,
+    seed: Seed = 0,
+    dry_run: DryRun = False,
     json: Json = False,
 ) -> None:
     """Have units described in words, and score what the descriptions foretell.
@@ -87,6 +91,11 @@ def describe(
     complete = completion_command(command, timeout=timeout)
     if not store.exists():
         raise InputError(f"there is no store at {store}", fix="name it with --store")
+    if dry_run:
+        tell_plan(
+            store, run=run, saes=[] if sae is None else [sae], model=model, json=json, units=len(unit), command=command
+        )
+        return
     with Store(store) as opened:
         found = only_run(opened, run)
         autoencoder = live = None
@@ -97,7 +106,14 @@ def describe(
         if model is not None:
             from moescope.probes.loading import load
 
-            live = load(model, device=device)
+            live = load(
+                model,
+                device=device,
+                device_map=device_map,
+                dtype=dtype,
+                revision=revision,
+                trust_remote_code=trust_remote_code,
+            )
         if autoencoder is not None and live is not None:
             from moescope.sae.belonging import check_belongs
 

@@ -9,28 +9,46 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from moescope.cli.export import only_run
+from moescope.cli.flags import (
+    MODEL,
+    Device,
+    DeviceMap,
+    Documents,
+    DryRun,
+    Dtype,
+    InStore,
+    Json,
+    OneRun,
+    OneSae,
+    Revision,
+    Seed,
+    Trust,
+)
 from moescope.cli.output import as_json, facts, news, printable, table
-from moescope.cli.profile import Device, Dtype, Json, Revision, StorePath, Trust
+from moescope.cli.sae.asked import check_documents, tell_plan
 from moescope.core.errors import InputError
 
 if TYPE_CHECKING:
     from moescope.core.result import Result
 
-_Sae = Annotated[str, typer.Option("--sae", help="The autoencoder, by name or id.", show_default=False)]
-_Model = Annotated[str, typer.Option("--model", help='Its model: "demo", a Hub id, a folder, or a .gguf file.')]
-_Run = Annotated[
-    str | None, typer.Option("--run", help="The run whose tokens to use.  [default: the only one]", show_default=False)
+_Model = Annotated[
+    str,
+    typer.Option(
+        "--model",
+        rich_help_panel=MODEL,
+        help='Its model: "demo", a Hub id, a folder, or a .gguf file.',
+        show_default=False,
+    ),
 ]
 _Layers = Annotated[
     str | None,
     typer.Option(
-        help="Layers of routers, comma-separated.  [default: the nearest that writes there, and all behind]",
-        show_default=False,
+        help="Layers of routers, comma-separated.",
+        show_default="the nearest that writes there, and all behind",
     ),
 ]
-_Features = Annotated[str | None, typer.Option(help="Latents, comma-separated.  [default: all]", show_default=False)]
-_Documents = Annotated[str, typer.Option(help="held_out, those that training did not see, or all.")]
-_Tokens = Annotated[int | None, typer.Option(min=1, help="About how many tokens.  [default: all]", show_default=False)]
+_Features = Annotated[str | None, typer.Option(help="Latents, comma-separated.", show_default="all")]
+_Tokens = Annotated[int | None, typer.Option(min=1, help="About how many tokens.", show_default="all")]
 _LeastActive = Annotated[int, typer.Option(min=1, help="Latents active on fewer tokens are left out.")]
 _Top = Annotated[int, typer.Option(min=1, help="Experts kept of every latent.")]
 _Encoder = Annotated[bool, typer.Option("--encoder", help="Also along encoder columns.")]
@@ -48,13 +66,13 @@ _SHOWN = 12
 
 
 def experts(
-    sae: _Sae,
+    sae: OneSae,
     model: _Model,
-    store: StorePath = Path("runs.duckdb"),
-    run: _Run = None,
+    store: InStore = Path("runs.duckdb"),
+    run: OneRun = None,
     layers: _Layers = None,
     features: _Features = None,
-    documents: _Documents = "held_out",
+    documents: Documents = "held_out",
     tokens: _Tokens = None,
     least_active: _LeastActive = 20,
     top: _Top = 3,
@@ -66,10 +84,12 @@ def experts(
     sparsity: _Sparsity = False,
     neurons: _Neurons = False,
     device: Device = "auto",
+    device_map: DeviceMap = None,
     dtype: Dtype = "auto",
     revision: Revision = None,
     trust_remote_code: Trust = False,
-    seed: Annotated[int, typer.Option(min=0, help="Of controls and resampling.")] = 0,
+    seed: Seed = 0,
+    dry_run: DryRun = False,
     json: Json = False,
 ) -> None:
     """Join an autoencoder's latents to the experts that write them and the routers they move; cut the writers.
@@ -86,14 +106,23 @@ def experts(
     from moescope.sae.loading import load_autoencoder
     from moescope.store.store import Store
 
-    if documents not in ("held_out", "all"):
-        raise InputError(f"documents cannot be {documents!r}", expected="held_out or all")
+    check_documents(documents)
     asked, latents = _numbers(layers, "layers"), _numbers(features, "features")
     if not store.exists():
         raise InputError(f"there is no store at {store}", fix="name it with --store")
+    if dry_run:
+        tell_plan(store, run=run, saes=[sae], model=model, json=json, controls=controls)
+        return
     with Store(store) as opened:
         found = only_run(opened, run)
-        live = load(model, device=device, dtype=dtype, revision=revision, trust_remote_code=trust_remote_code)
+        live = load(
+            model,
+            device=device,
+            device_map=device_map,
+            dtype=dtype,
+            revision=revision,
+            trust_remote_code=trust_remote_code,
+        )
         autoencoder = load_autoencoder(opened, sae, device=str(live.device))
         check_belongs(autoencoder, live)
         shown: dict[str, Any] = {"documents": documents, "seed": seed, "progress": not json}

@@ -7,14 +7,18 @@ from typing import Annotated
 
 import typer
 
+from moescope.cli.completion import autoencoder_names
+from moescope.cli.flags import InStore, Json
 from moescope.cli.output import as_json, facts
-from moescope.cli.sae.train import Json, StorePath
 
 
 def export(
-    name: Annotated[str, typer.Argument(help="The autoencoder, by name or id.", show_default=False)],
+    name: Annotated[
+        str,
+        typer.Argument(help="The autoencoder, by name or id.", show_default=False, autocompletion=autoencoder_names),
+    ],
     folder: Annotated[Path, typer.Argument(help="A folder that is not there yet.", show_default=False)],
-    store: StorePath = Path("runs.duckdb"),
+    store: InStore = Path("runs.duckdb"),
     json: Json = False,
 ) -> None:
     """Write an autoencoder into a folder that stock SAELens opens: SAE.load_from_disk(folder).

@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from moescope.cli.completion import autoencoder_names
 from moescope.cli.export import only_run
+from moescope.cli.flags import InStore, Json, OneRun, Output
 from moescope.cli.output import as_json, facts, news, printable, table
-from moescope.cli.sae.train import Json, StorePath
 from moescope.core.errors import InputError
 
 if TYPE_CHECKING:
@@ -19,27 +20,31 @@ if TYPE_CHECKING:
     from moescope.core.result import Result
 
 _Sae = Annotated[
-    str | None, typer.Option("--sae", help="The autoencoder.  [default: the newest of the run]", show_default=False)
+    str | None,
+    typer.Option(
+        "--sae",
+        help="The autoencoder, by name or id.",
+        show_default="the newest of the run",
+        autocompletion=autoencoder_names,
+    ),
 ]
-_Run = Annotated[str | None, typer.Option("--run", help="The run.  [default: the only one]", show_default=False)]
-_Feature = Annotated[int | None, typer.Option(min=0, help="The card of this latent.", show_default=False)]
-_Label = Annotated[str | None, typer.Option(help="Latents by their lift of this label.", show_default=False)]
+_Feature = Annotated[
+    int | None, typer.Option(min=0, help="Number of one latent, from 0, whose card is shown.", show_default="none")
+]
+_Label = Annotated[str | None, typer.Option(help="Latents by their lift of this label.", show_default="none")]
 _Top = Annotated[int, typer.Option(min=1, help="Latents, or examples of the card.")]
-_Sort = Annotated[str, typer.Option(help="score, density, maximum, lift or number.")]
-_Output = Annotated[
-    Path | None, typer.Option(help="Also save: .html, .png, .svg, .csv, .parquet or .json.", show_default=False)
-]
+_Sort = Annotated[str, typer.Option(help="What latents are sorted by: score, density, maximum, lift or number.")]
 
 
 def features(
-    store: StorePath = Path("runs.duckdb"),
+    store: InStore = Path("runs.duckdb"),
     sae: _Sae = None,
-    run: _Run = None,
+    run: OneRun = None,
     feature: _Feature = None,
     label: _Label = None,
     top: _Top = 20,
     sort: _Sort = "score",
-    output: _Output = None,
+    output: Output = None,
     json: Json = False,
 ) -> None:
     """Show the latents of an autoencoder whose features were read, the best explained first, or one of them.

@@ -7,8 +7,9 @@ from typing import Annotated
 
 import typer
 
+from moescope.cli.flags import Json, StorePath
 from moescope.cli.output import as_json
-from moescope.cli.sae.train import Json, StorePath, show_saes
+from moescope.cli.sae.train import show_saes
 from moescope.core.errors import InputError
 
 _Source = Annotated[
@@ -19,15 +20,17 @@ _Source = Annotated[
 def import_(
     source: _Source,
     store: StorePath = Path("runs.duckdb"),
-    name: Annotated[
-        str | None, typer.Option(help="Its name.  [default: the folder's, or the id]", show_default=False)
-    ] = None,
+    name: Annotated[str | None, typer.Option(help="Its name.", show_default="the folder's, or the id")] = None,
     site: Annotated[
-        str | None, typer.Option(help="Where its vectors are read, over what it says itself.", show_default=False)
+        str | None,
+        typer.Option(help="Where its vectors are read, over what it says itself.", show_default="what it says"),
     ] = None,
     model: Annotated[
         str | None,
-        typer.Option(help="Check that it belongs to this model: demo, a Hub id, a folder.", show_default=False),
+        typer.Option(
+            help='Check that it belongs to this model: "demo", a Hub id, a folder, or a .gguf file.',
+            show_default="no check",
+        ),
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Take it for --model though it says another.")] = False,
     json: Json = False,

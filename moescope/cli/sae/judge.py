@@ -8,8 +8,26 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from moescope.cli.completion import autoencoder_names, run_names
+from moescope.cli.flags import (
+    Data,
+    Device,
+    DeviceMap,
+    Documents,
+    DryRun,
+    Dtype,
+    InStore,
+    Json,
+    LabelField,
+    Revision,
+    Seed,
+    SkipBad,
+    TextField,
+    Trust,
+    UseModel,
+)
 from moescope.cli.output import as_json, facts, news, printable, table
-from moescope.cli.profile import Data, Device, Dtype, Json, LabelField, Revision, TextField, Trust
+from moescope.cli.sae.asked import check_documents, tell_plan
 from moescope.core.errors import InputError
 
 if TYPE_CHECKING:
@@ -17,22 +35,20 @@ if TYPE_CHECKING:
 
     from moescope.core.result import Result
 
-_Store = Annotated[Path, typer.Option("--store", help="The store.")]
 _Sae = Annotated[
     list[str],
-    typer.Option("--sae", help="Name of an autoencoder of the store; may be given again.", show_default=False),
-]
-_Model = Annotated[
-    str | None,
     typer.Option(
-        "--model",
-        help='"demo", a Hub id, a folder, or a .gguf file.  [default: none, and no measure that needs one]',
+        "--sae",
+        help="Name of an autoencoder of the store, repeatable.",
         show_default=False,
+        autocompletion=autoencoder_names,
     ),
 ]
 _Run = Annotated[
     str | None,
-    typer.Option("--run", help="The run to judge on.  [default: the one it was trained on]", show_default=False),
+    typer.Option(
+        "--run", help="The run to judge on.", show_default="the one it was trained on", autocompletion=run_names
+    ),
 ]
 _Tokens = Annotated[int, typer.Option(min=1, help="Vectors judged at most, and as many again to fit controls on.")]
 _Live = Annotated[int, typer.Option(min=1, help="Tokens that the model runs over with each reconstruction, at most.")]
@@ -40,14 +56,9 @@ _Ablations = Annotated[
     int, typer.Option(min=0, help="Tokens at which up to four latents are taken out one at a time; 0 for none.")
 ]
 _Controls = Annotated[int, typer.Option(min=1, help="Draws of the random controls.")]
-_All = Annotated[
-    bool, typer.Option("--all-documents", help="Judge and fit on all documents, also those that training saw.")
-]
 _Skip = Annotated[
     int | None,
-    typer.Option(
-        min=0, help="First tokens of each sequence that do not count.  [default: as in training]", show_default=False
-    ),
+    typer.Option(min=0, help="First tokens of each sequence that do not count.", show_default="as in training"),
 ]
 _Force = Annotated[bool, typer.Option("--force", help="Judge it on another model than it was trained for.")]
 _SHOWN = (
@@ -58,24 +69,27 @@ _SHOWN = (
 
 def judge(
     sae: _Sae,
-    store: _Store = Path("runs.duckdb"),
-    model: _Model = None,
+    store: InStore = Path("runs.duckdb"),
+    model: UseModel = None,
     run: _Run = None,
     data: Data = None,
     tokens: _Tokens = 20_000,
     live_tokens: _Live = 4_096,
     ablations: _Ablations = 32,
     controls: _Controls = 5,
-    all_documents: _All = False,
+    documents: Documents = "held_out",
     skip_first: _Skip = None,
     force: _Force = False,
     device: Device = "auto",
+    device_map: DeviceMap = None,
     dtype: Dtype = "auto",
     revision: Revision = None,
     trust_remote_code: Trust = False,
     text_field: TextField = "text",
     label_field: LabelField = "label",
-    seed: Annotated[int, typer.Option(min=0, help="Of samples, controls and resampling.")] = 0,
+    skip_bad_lines: SkipBad = False,
+    seed: Seed = 0,
+    dry_run: DryRun = False,
     json: Json = False,
 ) -> None:
     """Measure how well autoencoders write vectors again, and what a model loses by it, beside PCA and random controls.
@@ -93,17 +107,32 @@ def judge(
         raise InputError(f"there is no store at {store}", fix="name it with --store")
     if run is not None and data is not None:
         raise InputError("a run and a corpus both say what to judge on", fix="give --run or --data, not both")
-    corpus = None if data is None else Corpus.load(data, text_field=text_field, label_field=label_field)
+    check_documents(documents)
+    corpus = (
+        None
+        if data is None
+        else Corpus.load(data, text_field=text_field, label_field=label_field, skip_bad_lines=skip_bad_lines)
+    )
     live = None
     if model is not None:
-        live = load(model, device=device, dtype=dtype, revision=revision, trust_remote_code=trust_remote_code)
+        live = load(
+            model,
+            device=device,
+            device_map=device_map,
+            dtype=dtype,
+            revision=revision,
+            trust_remote_code=trust_remote_code,
+        )
+    if dry_run:
+        tell_plan(store, run=run, any_run=True, saes=sae, model=live, tokens=tokens, json=json)
+        return
     with Store(store) as opened:
         asked = [load_autoencoder(opened, name, device="cpu" if live is None else live.device) for name in sae]
         answers = []
         for autoencoder in asked:
             found = measure(
                 autoencoder, live, opened, run=run, corpus=corpus, tokens=tokens, live_tokens=live_tokens,
-                ablations=ablations, controls=controls, held_out=not all_documents, skip_first=skip_first, force=force, seed=seed,
+                ablations=ablations, controls=controls, held_out=documents == "held_out", skip_first=skip_first, force=force, seed=seed,
                 progress=not json,
             )  # fmt: skip
             answer = analyze(found.run, "sae_quality", allow_incomplete=True, sae=found.sae_id)

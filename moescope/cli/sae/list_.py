@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
 
-import typer
-
+from moescope.cli.flags import Json, Store
 from moescope.cli.output import as_json, news
-from moescope.cli.sae.train import Json, show_saes
+from moescope.cli.sae.train import show_saes
 
 
 def list_(
-    store: Annotated[Path, typer.Argument(help="The store.")] = Path("runs.duckdb"),
+    store: Store = Path("runs.duckdb"),
     json: Json = False,
 ) -> None:
     """List the autoencoders of a store: where they read, their size, and how they did on what training had not seen.

@@ -9,44 +9,40 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from moescope.cli.export import only_run
+from moescope.cli.flags import DryRun, InStore, Json, OneRun, Seed, UseSae
 from moescope.cli.output import as_json, facts, news, table
-from moescope.cli.sae.train import Json, StorePath
+from moescope.cli.sae.asked import tell_plan
 from moescope.core.errors import InputError
 
 if TYPE_CHECKING:
     from moescope.sae.concepts.sparse_probes import SparseProbes
 
-_Run = Annotated[
-    str | None, typer.Option("--run", help="The run to look at.  [default: the only one]", show_default=False)
-]
-_Units = Annotated[str, typer.Option(help="neuron, latent, expert or router_logit.")]
+_Units = Annotated[str, typer.Option(help="What a unit is: neuron, latent, expert or router_logit.")]
 _Site = Annotated[
     str | None,
-    typer.Option(help="Where neurons are read, or one router: blocks.3.mlp.hook_post, …", show_default=False),
-]
-_Sae = Annotated[
-    str | None, typer.Option("--sae", help="The autoencoder of the latents, by name or id.", show_default=False)
+    typer.Option(
+        help="Where neurons are read, or one router: blocks.3.mlp.hook_post, ….", show_default="the only one of the run"
+    ),
 ]
 _Concepts = Annotated[
     list[str] | None,
     typer.Option(
         "--concept",
-        help='A label, "class: word" or "next class: word"; repeatable.  [default: every label]',
-        show_default=False,
+        help='A label, "class: word" or "next class: word"; repeatable.',
+        show_default="every label",
     ),
 ]
-_Level = Annotated[str, typer.Option(help="token, or document for the mean over its tokens.")]
+_Level = Annotated[str, typer.Option(help="What is told apart: token, or document for the mean over its tokens.")]
 _Ranking = Annotated[
-    list[str], typer.Option("--ranking", help="mean_difference, f, mutual_information or l1; repeatable.")
+    list[str],
+    typer.Option("--ranking", help="How units are ranked: mean_difference, f, mutual_information or l1; repeatable."),
 ]
 _K = Annotated[
     list[int] | None,
-    typer.Option(
-        "--k", min=1, help="Units a probe may read; repeatable.  [default: 1, 2, 4 … 256]", show_default=False
-    ),
+    typer.Option("--k", min=1, help="Units a probe may read; repeatable.", show_default="1, 2, 4 … 256"),
 ]
-_Values = Annotated[str, typer.Option(help="Of experts: chosen (1 or 0) or weight.")]
-_TrainShare = Annotated[float, typer.Option(min=0, max=1, help="Of the documents.")]
+_Values = Annotated[str, typer.Option(help="What is read of experts: chosen (1 or 0) or weight.")]
+_TrainShare = Annotated[float, typer.Option(min=0, max=1, help="Share of the documents that probes are fitted on.")]
 _Tokens = Annotated[int, typer.Option(min=4, help="Tokens read at most.")]
 _Skip = Annotated[int, typer.Option(min=0, help="Leave out so many first tokens of each sequence.")]
 _Least = Annotated[int, typer.Option(min=2, help="Tokens of a concept that either part must have.")]
@@ -55,24 +51,25 @@ _Draws = Annotated[int, typer.Option(min=2, help="Bootstrap resamples of documen
 
 
 def probe(
-    store: StorePath = Path("runs.duckdb"),
-    run: _Run = None,
+    store: InStore = Path("runs.duckdb"),
+    run: OneRun = None,
     units: _Units = "neuron",
     site: _Site = None,
-    sae: _Sae = None,
+    sae: UseSae = None,
     concept: _Concepts = None,
     level: _Level = "token",
     ranking: _Ranking = ["mean_difference"],  # noqa: B006  typer reads it and never changes it
     k: _K = None,
     values: _Values = "chosen",
-    no_dense: Annotated[bool, typer.Option("--no-dense", help="Leave the probe of all units out.")] = False,
+    dense: Annotated[bool, typer.Option("--dense/--no-dense", help="Also probe with all units together.")] = True,
     train_share: _TrainShare = 0.7,
     tokens: _Tokens = 10_000,
     skip_first: _Skip = 1,
     least: _Least = 10,
     controls: _Controls = 3,
     draws: _Draws = 500,
-    seed: Annotated[int, typer.Option(min=0, help="Of everything random.")] = 0,
+    seed: Seed = 0,
+    dry_run: DryRun = False,
     json: Json = False,
 ) -> None:
     """Probe for concepts with few units, on documents that no probe has seen.
@@ -91,6 +88,9 @@ def probe(
             raise InputError(f"--{name} cannot be {value!r}", expected=", ".join(known))
     if not store.exists():
         raise InputError(f"there is no store at {store}", fix="name it with --store")
+    if dry_run:
+        tell_plan(store, run=run, saes=[] if sae is None else [sae], model=None, json=json, units=units, tokens=tokens)
+        return
     with Store(store) as opened:
         found = only_run(opened, run)
         autoencoder = None
@@ -100,7 +100,7 @@ def probe(
             autoencoder = load_autoencoder(opened, sae)
         outcome = sparse_probes(
             found, opened, units=units, site=site, sae=autoencoder, concepts=concept or None, level=level,  # type: ignore[arg-type]  # checked above
-            ranking=ranking, k=k or KS, values=values, dense=not no_dense, train_share=train_share, tokens=tokens,  # type: ignore[arg-type]  # checked above and there
+            ranking=ranking, k=k or KS, values=values, dense=dense, train_share=train_share, tokens=tokens,  # type: ignore[arg-type]  # checked above and there
             skip_first=skip_first, least=least, controls=controls, draws=draws, seed=seed, progress=not json,
         )  # fmt: skip
     if json:

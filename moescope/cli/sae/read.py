@@ -9,47 +9,55 @@ from typing import Annotated
 import typer
 
 from moescope.cli.export import only_run
+from moescope.cli.flags import (
+    Device,
+    DeviceMap,
+    Documents,
+    DryRun,
+    Dtype,
+    InStore,
+    Json,
+    OneRun,
+    OneSae,
+    Revision,
+    Seed,
+    Trust,
+    UseModel,
+    Window,
+)
 from moescope.cli.output import as_json, facts, news
-from moescope.cli.sae.train import Device, Json, StorePath
+from moescope.cli.sae.asked import check_documents, tell_plan
 from moescope.core.errors import InputError
 
-_Sae = Annotated[str, typer.Option("--sae", help="The autoencoder, by name or id.", show_default=False)]
-_Run = Annotated[
-    str | None,
-    typer.Option("--run", help="The run whose tokens to read it on.  [default: the only one]", show_default=False),
-]
-_Model = Annotated[
-    str | None,
-    typer.Option(
-        "--model", help="The model, for logit effects and for vectors that the run did not keep.", show_default=False
-    ),
-]
-_Documents = Annotated[str, typer.Option(help="held_out, those that training did not see, or all.")]
 _Top = Annotated[int, typer.Option(min=1, help="Largest activations kept of each latent, one a document.")]
 _Strata = Annotated[int, typer.Option(min=1, help="Quantiles of activation that examples are drawn from.")]
-_PerStratum = Annotated[int, typer.Option(min=1, help="Examples drawn from each.")]
-_Window = Annotated[int, typer.Option(min=1, help="Tokens of an example.")]
+_PerStratum = Annotated[int, typer.Option(min=1, help="Examples drawn from each quantile.")]
 _Logits = Annotated[int, typer.Option(min=1, help="Tokens kept whose logits a latent raises, and lowers, most.")]
 _Others = Annotated[
     list[str] | None,
-    typer.Option("--other", help="Another autoencoder of the site, for neighbours; repeatable.", show_default=False),
+    typer.Option("--other", help="Another autoencoder of the site, for neighbours, repeatable.", show_default="none"),
 ]
 
 
 def read(
-    sae: _Sae,
-    store: StorePath = Path("runs.duckdb"),
-    run: _Run = None,
-    model: _Model = None,
-    documents: _Documents = "held_out",
+    sae: OneSae,
+    store: InStore = Path("runs.duckdb"),
+    run: OneRun = None,
+    model: UseModel = None,
+    documents: Documents = "held_out",
     top: _Top = 20,
     strata: _Strata = 5,
     per_stratum: _PerStratum = 4,
-    window: _Window = 32,
+    window: Window = 32,
     logits: _Logits = 15,
     other: _Others = None,
     device: Device = "auto",
-    seed: Annotated[int, typer.Option(min=0, help="Of everything random.")] = 0,
+    device_map: DeviceMap = None,
+    dtype: Dtype = "auto",
+    revision: Revision = None,
+    trust_remote_code: Trust = False,
+    seed: Seed = 0,
+    dry_run: DryRun = False,
     json: Json = False,
 ) -> None:
     """Read what every latent of an autoencoder fires on: examples, labels, logits, neighbours, families.
@@ -62,6 +70,10 @@ def read(
 
     if not store.exists():
         raise InputError(f"there is no store at {store}", fix="name it with --store")
+    check_documents(documents)
+    if dry_run:
+        tell_plan(store, run=run, saes=[sae, *(other or ())], model=model, json=json)
+        return
     with Store(store) as opened:
         found = only_run(opened, run)
         autoencoder = load_autoencoder(opened, sae)
@@ -71,7 +83,14 @@ def read(
             from moescope.probes.loading import load
             from moescope.sae.belonging import check_belongs
 
-            live = load(model, device=device)
+            live = load(
+                model,
+                device=device,
+                device_map=device_map,
+                dtype=dtype,
+                revision=revision,
+                trust_remote_code=trust_remote_code,
+            )
             check_belongs(autoencoder, live)
         outcome = read_features(
             autoencoder, found, opened, model=live, documents=documents, top=top, strata=strata,  # type: ignore[arg-type]  # checked there

@@ -8,6 +8,25 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from moescope.cli.flags import (
+    BatchSize,
+    Data,
+    Device,
+    DeviceMap,
+    DryRun,
+    Dtype,
+    Json,
+    LabelField,
+    MaxLength,
+    Model,
+    Revision,
+    Seed,
+    SkipBad,
+    StorePath,
+    TextField,
+    Trust,
+    listed,
+)
 from moescope.cli.output import as_json, facts, news
 from moescope.core.errors import InputError
 
@@ -19,75 +38,58 @@ if TYPE_CHECKING:
 _COUNT = re.compile(r"(\d+(?:\.\d+)?)\s*([kKmMgGbB]?)")
 _THOUSANDS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "b": 10**9}
 
-_Model = Annotated[str, typer.Argument(help='"demo", a Hub id, a folder, or a .gguf file.', show_default=False)]
 _Site = Annotated[
     list[str],
     typer.Option("--site", help="Where: blocks.3.hook_resid_post, … Several are read in one pass.", show_default=False),
 ]
-_Data = Annotated[
-    str | None,
-    typer.Option(
-        help="Corpus: a .jsonl, .csv, .parquet or .txt file, or a folder of them.  [default: the bundled labelled corpus]",
-        show_default=False,
-    ),
-]
 _Tokens = Annotated[
     str | None,
     typer.Option(
-        help="At most so many: 500k, 2M, …; it ends with the last document that fits.  [default: all]",
-        show_default=False,
+        help="At most so many: 500k, 2M, …; it ends with the last document that fits.",
+        show_default="all",
     ),
 ]
-_Store = Annotated[Path, typer.Option(help="DuckDB file to record into; made where it is not there.")]
-_Name = Annotated[
-    str | None, typer.Option(help="Name of the run.  [default: the model's, with -vectors]", show_default=False)
-]
+_Name = Annotated[str | None, typer.Option(help="Name of the run.", show_default="the model's, with -vectors")]
 _Share = Annotated[float, typer.Option(help="Share of the tokens whose vectors are kept.")]
 _Budget = Annotated[
     str | None,
     typer.Option(
-        help="Bytes on disk: 500MB, 2GB, 1.5GiB, …; it ends earlier where it would take more.", show_default=False
+        help="Bytes on disk: 500MB, 2GB, 1.5GiB, …; it ends earlier where it would take more.", show_default="no limit"
     ),
 ]
-_BatchSize = Annotated[int, typer.Option(min=1, help="Sequences a forward pass; 1 is often fastest on a CPU.")]
-_MaxLength = Annotated[int, typer.Option(min=2, help="Tokens of the longest sequence; longer documents are split.")]
-_Seed = Annotated[int, typer.Option(min=0, help="Decides which tokens --share takes; stored with the run.")]
 _Resume = Annotated[bool, typer.Option("--resume", help="Go on with the run of this name, if it was stopped.")]
-_DryRun = Annotated[
-    bool, typer.Option("--dry-run", help="Say what would be recorded, how large it is and how long it takes.")
-]
 
 
 def record(
-    model: _Model,
+    model: Model,
     site: _Site,
-    data: _Data = None,
+    data: Data = None,
     tokens: _Tokens = None,
-    store: _Store = Path("runs.duckdb"),
+    store: StorePath = Path("runs.duckdb"),
     name: _Name = None,
     share: _Share = 1.0,
     budget: _Budget = None,
-    batch_size: _BatchSize = 8,
-    max_length: _MaxLength = 512,
-    seed: _Seed = 0,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, …")] = "auto",
-    dtype: Annotated[str, typer.Option(help="auto (as stored), float32, bfloat16 or float16.")] = "auto",
-    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit on the Hub.", show_default=False)] = None,
-    text_field: Annotated[str, typer.Option(help="Field that holds the text.")] = "text",
-    label_field: Annotated[str, typer.Option(help="Field that holds the label.")] = "label",
-    skip_bad_lines: Annotated[
-        bool, typer.Option("--skip-bad-lines", help="Count unreadable records instead of stopping.")
-    ] = False,
+    batch_size: BatchSize = 8,
+    max_length: MaxLength = 512,
+    seed: Seed = 0,
+    device: Device = "auto",
+    device_map: DeviceMap = None,
+    dtype: Dtype = "auto",
+    revision: Revision = None,
+    trust_remote_code: Trust = False,
+    text_field: TextField = "text",
+    label_field: LabelField = "label",
+    skip_bad_lines: SkipBad = False,
     resume: _Resume = False,
-    dry_run: _DryRun = False,
-    json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    dry_run: DryRun = False,
+    json: Json = False,
 ) -> None:
     """Record the vectors of a corpus at some sites, for autoencoders: no block runs that no site needs.
 
     Example: moescope sae record demo --site blocks.3.hook_resid_post --tokens 50k --store runs.duckdb --name vectors
     """
     count = None if tokens is None else read_count(tokens)
-    sites = [part for text in site for part in text.replace(" ", "").split(",") if part]
+    sites = listed(site)
     if resume and name is None:
         raise InputError("which run is to go on?", fix="name it (--name)")
     from moescope.probes.corpus import Corpus
@@ -100,7 +102,9 @@ def record(
     corpus = Corpus.load(data or "demo", text_field=text_field, label_field=label_field, skip_bad_lines=skip_bad_lines)
     if data is None:
         news("no --data: using the bundled labelled corpus")
-    live = load(model, device=device, dtype=dtype, revision=revision)
+    live = load(
+        model, device=device, device_map=device_map, dtype=dtype, revision=revision, trust_remote_code=trust_remote_code
+    )
     options: dict[str, Any] = {
         "sites": sites,
         "tokens": count,
@@ -111,7 +115,7 @@ def record(
     }
     if dry_run:
         plan = plan_vectors(live, corpus, store, **options, trial=True)
-        as_json(plan.as_json()) if json else facts(_shown(plan, live))
+        as_json(plan.as_json()) if json else facts(shown_plan(plan, live))
         return
     with Store(store) as opened:
         run = record_vectors(live, corpus, opened, **options, name=name, seed=seed, progress=not json, resume=resume)
@@ -135,7 +139,7 @@ def read_count(text: str) -> int:
     return count
 
 
-def _shown(plan: VectorPlan, model: LiveModel) -> dict[str, Any]:
+def shown_plan(plan: VectorPlan, model: LiveModel) -> dict[str, Any]:
     """A plan, for reading."""
     from moescope.probes.plan_budget import written_bytes
 

@@ -8,9 +8,33 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from moescope.cli.intervene.asked import EditWords, InterventionFile, asked_intervention
+from moescope.cli.flags import (
+    MEASURED,
+    Base,
+    BaseStore,
+    Data,
+    Device,
+    DeviceMap,
+    DryRun,
+    Dtype,
+    EditWords,
+    InterventionFile,
+    Json,
+    LabelField,
+    Model,
+    Output,
+    Prompts,
+    Revision,
+    SaveIntervention,
+    Seed,
+    SkipBad,
+    TextField,
+    Trust,
+    UseSae,
+)
+from moescope.cli.intervene.asked import asked_intervention
 from moescope.cli.output import as_json, facts, news, printable, table
-from moescope.cli.profile import Data, Device, Dtype, Json, LabelField, Model, Revision, TextField, Trust
+from moescope.cli.sae.asked import tell_plan
 from moescope.core.errors import InputError
 
 if TYPE_CHECKING:
@@ -23,73 +47,93 @@ if TYPE_CHECKING:
     from moescope.store.store import Store
 
 _LATENT = re.compile(r"(?P<latent>\d+)=(?P<how>[+*]?)(?P<value>-?\d*\.?\d+(?:e-?\d+)?|max|mean)")
+_STEERS = "What steers"
 _HOW = {"+": "add", "": "set", "*": "scale"}
 _ENDINGS = (".html", ".png", ".svg", ".csv", ".parquet", ".json")
 
-_Store = Annotated[Path, typer.Option("--store", help="DuckDB file with the autoencoder; gets the effects.")]
-_Sae = Annotated[str | None, typer.Option("--sae", help="Autoencoder of the store.", show_default=False)]
 _Latent = Annotated[
     list[str] | None,
     typer.Option(
         "--latent",
+        rich_help_panel=_STEERS,
         help="A latent of --sae and what becomes of it, repeatable: 12=+5 adds, 12=5 sets, 12=*0 takes it out, 12=+max adds "
         "the largest activation its features were read with.",
-        show_default=False,
+        show_default="none",
     ),
 ]
-_Active = Annotated[bool, typer.Option("--only-active", help="Change latents only where they are active.")]
+_Active = Annotated[
+    bool, typer.Option("--only-active", rich_help_panel=_STEERS, help="Change latents only where they are active.")
+]
 _Contrast = Annotated[
     tuple[Path, Path] | None,
     typer.Option(
         "--contrast",
+        rich_help_panel=_STEERS,
         help="Two files of texts, one a line: add the difference of their means (with --sae: move the latents that differ "
         "most, see --top).",
         show_default=False,
     ),
 ]
-_Top = Annotated[int, typer.Option(min=1, help="With --contrast and --sae: how many latents.")]
+_Top = Annotated[int, typer.Option(rich_help_panel=_STEERS, min=1, help="With --contrast and --sae: how many latents.")]
 _Layer = Annotated[
     int | None,
-    typer.Option(min=0, help="Of --contrast.  [default: where held-out texts differ most]", show_default=False),
+    typer.Option(
+        rich_help_panel=_STEERS,
+        min=0,
+        help="Layer of --contrast, from 0.",
+        show_default="where held-out texts differ most",
+    ),
 ]
 _Towards = Annotated[
     Path | None,
     typer.Option(
-        "--towards", help="A file of texts, one a line: descend in --sae's code towards their mean.", show_default=False
+        "--towards",
+        rich_help_panel=_STEERS,
+        help="A file of texts, one a line: descend in --sae's code towards their mean.",
+        show_default=False,
     ),
 ]
-_Steps = Annotated[int, typer.Option(min=1, help="Steps of --towards.")]
-_Rate = Annotated[float, typer.Option(help="Length of a step of --towards, up to 0.5.")]
+_Steps = Annotated[int, typer.Option(rich_help_panel=_STEERS, min=1, help="Steps of --towards.")]
+_Rate = Annotated[
+    float,
+    typer.Option(
+        min=0, max=0.5, help="Length of a step of --towards, as a share of the norm.", rich_help_panel=_STEERS
+    ),
+]
 _Target = Annotated[
     list[str] | None,
     typer.Option(
         "--target",
         help="A text of one token whose log-probability should grow; repeatable for several.",
-        show_default=False,
+        show_default="none",
     ),
 ]
 _TargetLatent = Annotated[
     int | None,
-    typer.Option("--target-latent", min=0, help="Instead: a latent of --sae that should grow.", show_default=False),
+    typer.Option(
+        "--target-latent",
+        min=0,
+        help="Instead: number of a latent of --sae that should grow, from 0.",
+        show_default="none",
+    ),
 ]
-_Strengths = Annotated[str, typer.Option(help="Strengths, as in 0,1,2,4.")]
+_Strengths = Annotated[
+    str, typer.Option(rich_help_panel=MEASURED, help="Factors of the intervention's amount, comma-separated: 0,1,2,4.")
+]
 _On = Annotated[
     str | None,
     typer.Option(
-        "--on", help="Label of the texts that the target is of; costs are then told of the others.", show_default=False
+        "--on",
+        help="Label of the texts that the target is of; costs are then told of the others.",
+        show_default="all texts",
     ),
-]
-_Save = Annotated[Path | None, typer.Option("--save", help="Save the intervention here, as JSON.", show_default=False)]
-_Output = Annotated[
-    Path | None,
-    typer.Option(help="Also save the answer: .html, .png, .svg, .csv, .parquet or .json.", show_default=False),
 ]
 
 
 def steer(
     model: Model,
-    store: _Store = Path("runs.duckdb"),
-    sae: _Sae = None,
+    store: BaseStore = Path("runs.duckdb"),
+    sae: UseSae = None,
     latent: _Latent = None,
     only_active: _Active = False,
     contrast: _Contrast = None,
@@ -104,22 +148,27 @@ def steer(
     target_latent: _TargetLatent = None,
     data: Data = None,
     strengths: _Strengths = "0,1,2,4",
-    controls: Annotated[int, typer.Option(min=0, help="Matched controls at every strength.")] = 5,
-    generate: Annotated[int, typer.Option(min=0, help="Tokens written after each prompt; 0 for none.")] = 0,
-    prompts: Annotated[int, typer.Option(min=1, help="How many texts --generate continues.")] = 16,
+    controls: Annotated[
+        int, typer.Option(min=0, help="Matched controls at every strength.", rich_help_panel=MEASURED)
+    ] = 5,
+    generate: Annotated[
+        int, typer.Option(min=0, help="Tokens written after each prompt; 0 for none.", rich_help_panel=MEASURED)
+    ] = 0,
+    prompts: Prompts = 16,
     on: _On = None,
-    base: Annotated[
-        str | None, typer.Option(help="Run without edits.  [default: one that fits, or a new one]", show_default=False)
-    ] = None,
-    save: _Save = None,
-    output: _Output = None,
+    base: Base = None,
+    save_intervention: SaveIntervention = None,
+    output: Output = None,
     device: Device = "auto",
+    device_map: DeviceMap = None,
     dtype: Dtype = "auto",
     revision: Revision = None,
     trust_remote_code: Trust = False,
     text_field: TextField = "text",
     label_field: LabelField = "label",
-    seed: Annotated[int, typer.Option(min=0, help="Of controls and resampling.")] = 0,
+    skip_bad_lines: SkipBad = False,
+    seed: Seed = 0,
+    dry_run: DryRun = False,
     json: Json = False,
 ) -> None:
     """Steer a model and measure at growing strength what that reaches and what it costs, beside matched controls.
@@ -134,19 +183,25 @@ def steer(
     asked = _Asked(sae, latent or [], contrast, towards, edit, intervention)
     asked.check(target, target_latent)
     doses = as_floats(strengths)
-    _check_paths(store, save, output)
-    corpus = Corpus.load(data or "demo", text_field=text_field, label_field=label_field)
+    _check_paths(store, save_intervention, output)
+    corpus = Corpus.load(data or "demo", text_field=text_field, label_field=label_field, skip_bad_lines=skip_bad_lines)
     if data is None:
         news(f"no --data: using the bundled labelled corpus of {corpus.facts().documents} documents")
-    live = load(model, device=device, dtype=dtype, revision=revision, trust_remote_code=trust_remote_code)
+    live = load(
+        model, device=device, device_map=device_map, dtype=dtype, revision=revision, trust_remote_code=trust_remote_code
+    )
+    if dry_run:
+        told = {"strengths": len(doses), "controls": controls, "documents": corpus.facts().documents}
+        tell_plan(store, run=base, any_run=True, saes=[] if sae is None else [sae], model=live, json=json, **told)
+        return
     with Store(store) as opened:
         found = _autoencoder(opened, sae, live)
         steering = asked.made(
             live, opened, found, top=top, layer=layer, steps=steps, rate=rate, only_active=only_active
         )
-        if save is not None:
-            steering.for_model(live.anatomy).save(save)
-            news(f"saved {save}")
+        if save_intervention is not None:
+            steering.for_model(live.anatomy).save(save_intervention)
+            news(f"saved {save_intervention}")
         answer = _measured(
             live,
             steering,

@@ -8,30 +8,38 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from moescope.cli.output import as_json, facts, news, printable, table
-from moescope.cli.profile import (
+from moescope.cli.completion import run_names
+from moescope.cli.flags import (
     Data,
     Device,
+    DeviceMap,
+    DryRun,
     Dtype,
     Json,
     LabelField,
     Model,
     Report,
     Revision,
+    Seed,
+    SkipBad,
     StorePath,
     TextField,
     Trust,
-    check_report,
+    UseSae,
 )
+from moescope.cli.output import as_json, facts, news, printable, table
+from moescope.cli.profile import check_report
+from moescope.cli.sae.asked import tell_plan
 from moescope.core.errors import InputError
 
 if TYPE_CHECKING:
     from moescope.core.result import Result
 
 _Layer = Annotated[int, typer.Option(min=0, help="Layer of the MLP.", show_default=False)]
-_Block = Annotated[str, typer.Option(help="Its sublayer.")]
+_Block = Annotated[str, typer.Option(help="Sublayer of the MLP: mlp, attn, mlp.1, ….")]
 _Run = Annotated[
-    str | None, typer.Option("--run", help="A run whose tokens to use.  [default: record --data]", show_default=False)
+    str | None,
+    typer.Option("--run", help="A run whose tokens to use.", show_default="record --data", autocompletion=run_names),
 ]
 _Active = Annotated[str, typer.Option(help="Neurons at work on a token, comma-separated.")]
 _Experts = Annotated[int, typer.Option(min=1, help="Single-neuron experts to choose from.")]
@@ -40,12 +48,6 @@ _Vectors = Annotated[int, typer.Option(min=64, help="Pairs of input and output."
 _Steps = Annotated[int, typer.Option(min=1, help="Steps of training of each student.")]
 _Rates = Annotated[str, typer.Option("--lrs", help="Learning rates to try, comma-separated.")]
 _Seeds = Annotated[int, typer.Option(min=1, help="Students of each kind.")]
-_Sae = Annotated[
-    str | None,
-    typer.Option(
-        "--sae", help="An autoencoder of the store, to compare its latents with the experts.", show_default=False
-    ),
-]
 
 
 def students(
@@ -63,14 +65,17 @@ def students(
     steps: _Steps = 400,
     lrs: _Rates = "3e-3,1e-2",
     seeds: _Seeds = 1,
-    sae: _Sae = None,
+    sae: UseSae = None,
     device: Device = "auto",
+    device_map: DeviceMap = None,
     dtype: Dtype = "auto",
     revision: Revision = None,
     trust_remote_code: Trust = False,
     text_field: TextField = "text",
     label_field: LabelField = "label",
-    seed: Annotated[int, typer.Option(min=0, help="Of everything random.")] = 0,
+    skip_bad_lines: SkipBad = False,
+    seed: Seed = 0,
+    dry_run: DryRun = False,
     json: Json = False,
 ) -> None:
     """Train students of an MLP, dense ones and mixtures of single-neuron experts, on real inputs and on Gaussian ones like them.
@@ -91,8 +96,25 @@ def students(
     if not store.parent.is_dir():
         raise InputError(f"cannot make a store at {store}", found="no such folder", fix=f"mkdir -p {store.parent}")
     neurons, rates = _numbers("--active", active, int), _numbers("--lrs", lrs, float)
-    corpus = None if run is not None else Corpus.load(data or "demo", text_field=text_field, label_field=label_field)
-    live = load(model, device=device, dtype=dtype, revision=revision, trust_remote_code=trust_remote_code)
+    corpus = (
+        None
+        if run is not None
+        else Corpus.load(data or "demo", text_field=text_field, label_field=label_field, skip_bad_lines=skip_bad_lines)
+    )
+    live = load(
+        model, device=device, device_map=device_map, dtype=dtype, revision=revision, trust_remote_code=trust_remote_code
+    )
+    if dry_run:
+        told = {
+            "layer": layer,
+            "block": block,
+            "active": neurons,
+            "learning rates": rates,
+            "steps": steps,
+            "seeds": seeds,
+        }
+        tell_plan(store, run=run, any_run=run is None, saes=[] if sae is None else [sae], model=live, json=json, **told)
+        return
     with Store(store) as opened:
         given: Any = corpus if run is None else opened.run(run)
         found = mlp_students(

@@ -7,24 +7,30 @@ from typing import Annotated, Any
 
 import typer
 
-from moescope.cli.output import as_json, facts, news, printable
-from moescope.cli.profile import (
+from moescope.cli.flags import (
+    BatchSize,
     Data,
     Device,
+    DeviceMap,
+    DryRun,
     Dtype,
+    InStore,
     Json,
     LabelField,
+    MaxLength,
     Model,
     Report,
     Revision,
-    StorePath,
+    Seed,
+    SkipBad,
     TextField,
     Trust,
-    check_report,
 )
+from moescope.cli.output import as_json, facts, news, printable
+from moescope.cli.profile import check_report
 from moescope.core.errors import InputError
 
-_Site = Annotated[str, typer.Option(help="Where: blocks.3.hook_mlp_out, …", show_default=False)]
+_Site = Annotated[str, typer.Option(help="Where vectors are read: blocks.3.hook_mlp_out, ….", show_default=False)]
 _Specs = Annotated[
     list[str],
     typer.Option(
@@ -35,16 +41,16 @@ _Specs = Annotated[
 _Name = Annotated[
     str, typer.Option(help="Name of the run, and of the autoencoders. What is there already is taken up again.")
 ]
-_Tokens = Annotated[
-    str | None, typer.Option(help="Tokens to record: 500k, 2M, …  [default: the whole corpus]", show_default=False)
-]
+_Tokens = Annotated[str | None, typer.Option(help="Tokens to record: 500k, 2M, …", show_default="the whole corpus")]
 _Vectors = Annotated[
     int | None,
-    typer.Option(min=1, help="Vectors to train on, repeats included.  [default: every one once]", show_default=False),
+    typer.Option(min=1, help="Vectors to train on, repeats included.", show_default="every one once"),
 ]
 _MaxNorm = Annotated[
     float | None,
-    typer.Option(min=0, help="Leave out vectors of more than so many times the median norm.", show_default=False),
+    typer.Option(
+        min=0, help="Leave out vectors of more than so many times the median norm.", show_default="none left out"
+    ),
 ]
 _Judged = Annotated[int, typer.Option(min=100, help="Held-out tokens that each autoencoder is judged on.")]
 
@@ -53,23 +59,26 @@ def study(
     model: Model,
     site: _Site,
     data: Data = None,
-    store: StorePath = Path("runs.duckdb"),
+    store: InStore = Path("runs.duckdb"),
     name: _Name = "study",
     spec: _Specs = ["topk"],  # noqa: B006  typer reads it, nothing changes it
     tokens: _Tokens = None,
     vectors: _Vectors = None,
     max_norm_ratio: _MaxNorm = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Sequences a forward pass.")] = 8,
-    max_length: Annotated[int, typer.Option(min=8, help="Tokens of the longest sequence.")] = 512,
+    batch_size: BatchSize = 8,
+    max_length: MaxLength = 512,
     judged_tokens: _Judged = 20_000,
     report: Report = None,
     device: Device = "auto",
+    device_map: DeviceMap = None,
     dtype: Dtype = "auto",
     revision: Revision = None,
     trust_remote_code: Trust = False,
     text_field: TextField = "text",
     label_field: LabelField = "label",
-    seed: Annotated[int, typer.Option(min=0, help="Of everything random.")] = 0,
+    skip_bad_lines: SkipBad = False,
+    seed: Seed = 0,
+    dry_run: DryRun = False,
     json: Json = False,
 ) -> None:
     """Record vectors, train autoencoders, judge them, read their features, and join these to the experts that write them.
@@ -89,8 +98,13 @@ def study(
     wanted = None if tokens is None else read_count(tokens)
     if data is None:
         news("no --data: using the bundled labelled corpus")
-    corpus = Corpus.load(data or "demo", text_field=text_field, label_field=label_field)
-    live = load(model, device=device, dtype=dtype, revision=revision, trust_remote_code=trust_remote_code)
+    corpus = Corpus.load(data or "demo", text_field=text_field, label_field=label_field, skip_bad_lines=skip_bad_lines)
+    live = load(
+        model, device=device, device_map=device_map, dtype=dtype, revision=revision, trust_remote_code=trust_remote_code
+    )
+    if dry_run:
+        _plan(live, corpus, store, site, spec, wanted, batch_size, max_length, json=json)
+        return
     with Store(store) as opened:
         done = perform(
             live, corpus, opened, site=site, specs=spec, name=name, tokens=wanted, vectors=vectors,
@@ -107,6 +121,32 @@ def study(
     if not complete:
         news("the run is incomplete: the view gaps of the store tells what is missing (SELECT * FROM gaps)")
         raise typer.Exit(3)
+
+
+def _plan(
+    live: Any,
+    corpus: Any,
+    store: Path,
+    site: str,
+    spec: list[str],
+    tokens: int | None,
+    batch_size: int,
+    max_length: int,
+    *,
+    json: bool,
+) -> None:
+    """What would be recorded, which is most of the work, and what would be trained on it."""
+    from moescope.cli.sae.record import shown_plan
+    from moescope.sae.recording import plan_vectors
+    from moescope.sae.training.specs import SaeSpec
+
+    specs = [str(SaeSpec.parse(text)) for text in spec]
+    plan = plan_vectors(
+        live, corpus, store, sites=[site], tokens=tokens, batch_size=batch_size, max_length=max_length, trial=True
+    )
+    as_json({**plan.as_json(), "specs": specs}) if json else facts(
+        {**shown_plan(plan, live), "trained": "; ".join(specs)}
+    )
 
 
 def _tell(rows: list[dict[str, Any]], answers: list[Any], results: Any, *, json: bool) -> None:

@@ -8,13 +8,14 @@ from typing import Annotated, Any
 
 import typer
 
+from moescope.cli.completion import run_names
+from moescope.cli.flags import Device, DryRun, InStore, Json, Seed
 from moescope.cli.output import as_json, facts, news, table
 from moescope.core.errors import InputError
 
-StorePath = Annotated[Path, typer.Option(help="The store.")]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
-Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, …")]
-_Run = Annotated[str, typer.Option("--run", help="The run whose vectors to train on.", show_default=False)]
+_Run = Annotated[
+    str, typer.Option("--run", help="The run whose vectors to train on.", show_default=False, autocompletion=run_names)
+]
 _Site = Annotated[
     str, typer.Option(help="Where the vectors were read: blocks.3.hook_resid_post, …", show_default=False)
 ]
@@ -26,26 +27,26 @@ _Spec = Annotated[
         show_default=False,
     ),
 ]
-_Target = Annotated[str | None, typer.Option(help="For transcoders, the site they predict.", show_default=False)]
+_Target = Annotated[str | None, typer.Option(help="For transcoders, the site they predict.", show_default="none")]
 _Names = Annotated[
     list[str] | None,
-    typer.Option(
-        "--name", help="Name of each, in the order of --spec.  [default: of form and size]", show_default=False
-    ),
+    typer.Option("--name", help="Name of each, in the order of --spec.", show_default="of form and size"),
 ]
-_Expert = Annotated[int | None, typer.Option(help="Of a site inside experts, this expert alone.", show_default=False)]
-_Head = Annotated[int | None, typer.Option(min=0, help="Of a site of heads, this head alone.", show_default=False)]
+_Expert = Annotated[
+    int | None, typer.Option(min=0, help="Of a site inside experts, this expert alone.", show_default="all")
+]
+_Head = Annotated[int | None, typer.Option(min=0, help="Of a site of heads, this head alone.", show_default="all")]
 _Vectors = Annotated[
     int | None,
-    typer.Option(min=1, help="Vectors to train on, repeats included.  [default: every one once]", show_default=False),
+    typer.Option(min=1, help="Vectors to train on, repeats included.", show_default="every one once"),
 ]
 _BatchSize = Annotated[
     int | None,
-    typer.Option(min=1, help="Vectors a step.  [default: 4,096, fewer where they are few]", show_default=False),
+    typer.Option(min=1, help="Vectors a step.", show_default="4,096, fewer where they are few"),
 ]
 _Every = Annotated[
     int | None,
-    typer.Option(min=0, help="Steps between checkpoints, 0 for none.  [default: a tenth]", show_default=False),
+    typer.Option(min=0, help="Steps between checkpoints, 0 for none.", show_default="a tenth"),
 ]
 _Resume = Annotated[
     bool, typer.Option("--resume", help="Go on with the training of these names, where it was stopped.")
@@ -53,31 +54,32 @@ _Resume = Annotated[
 _HeldOut = Annotated[float, typer.Option(min=0, max=1, help="Share of the documents that training does not see.")]
 _MaxNorm = Annotated[
     float | None,
-    typer.Option(min=0, help="Leave out vectors of more than so many times the median norm.", show_default=False),
+    typer.Option(
+        min=0, help="Leave out vectors of more than so many times the median norm.", show_default="none left out"
+    ),
 ]
 _Skip = Annotated[int, typer.Option(min=0, help="Leave out so many first tokens of each sequence.")]
-_DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would be trained, and stop.")]
 
 
 def train(
     run: _Run,
     site: _Site,
     spec: _Spec,
-    store: StorePath = Path("runs.duckdb"),
+    store: InStore = Path("runs.duckdb"),
     target_site: _Target = None,
     name: _Names = None,
     expert: _Expert = None,
     head: _Head = None,
     vectors: _Vectors = None,
     batch_size: _BatchSize = None,
-    seed: Annotated[int, typer.Option(min=0, help="Of the first weights and the order of vectors.")] = 0,
+    seed: Seed = 0,
     device: Device = "auto",
     checkpoint_every: _Every = None,
     resume: _Resume = False,
     held_out: _HeldOut = 0.1,
     max_norm_ratio: _MaxNorm = None,
     skip_first: _Skip = 1,
-    dry_run: _DryRun = False,
+    dry_run: DryRun = False,
     json: Json = False,
 ) -> None:
     """Train sparse autoencoders on a run's vectors, several in one pass over them.
