@@ -19,6 +19,8 @@ _SQL = """
             abs(r.top_values[1]) / m.median_abs AS ratio,
             row_number() OVER (PARTITION BY r.layer ORDER BY abs(r.top_values[1]) DESC, r.token) AS rank,
             count(*) OVER (PARTITION BY r.layer) AS n,
+            count(*) FILTER (abs(r.top_values[1]) > 100 AND abs(r.top_values[1]) >= 1000 * m.median_abs)
+                OVER (PARTITION BY r.layer) AS massive_tokens,
             m.median_abs::DOUBLE AS median_abs
         FROM residual r
         JOIN tokens t ON t.run_id = r.run_id AND t.token = r.token
@@ -54,15 +56,14 @@ def residual_maxima(run: Run, *, top: Count = 3) -> Result:
     frame["massive"] = (frame["value"].abs() > 100) & (frame["ratio"] >= 1000)
     vocabulary = pieces(run)
     frame["context"] = [around(run, int(t), vocabulary, reach=6) for t in frame["token"]]
-    massive = frame[frame["massive"]]
     best = frame.loc[frame["value"].abs().idxmax()]
     where = (
         f"|x| = {abs(best['value']):,.4g} after layer {best['layer']}, channel "
         f"{best['channel']}, position {best['position']}"
     )
-    layers = sorted(massive["layer"].unique())
+    layers = sorted(frame.loc[frame["massive_tokens"] > 0, "layer"].unique())
     title = (
-        f"Massive activations after {len(layers)} layers ({layers[0]} to {layers[-1]}); the largest is {where}"
+        f"Massive activations after {_told(layers)}; the largest is {where}"
         if layers
         else f"No massive activation; the largest is {where}, {best['ratio']:,.0f}× the median"
     )
@@ -76,9 +77,19 @@ def residual_maxima(run: Run, *, top: Count = 3) -> Result:
         sql_parameters={"run": run.run_id, "top": top},
         definition="Tokens with the largest |x| at each block's output; massive where |x| > "
         "100 and |x| ≥ 1000 × the median |x| over the sequence's "
-        "tokens and channels at that layer. One channel a token is ranked: the largest.",
-        units={"value": "activation", "ratio": "|x| ÷ median |x|", "median_abs": "activation"},
+        "tokens and channels at that layer. One channel a token is ranked: the largest. massive_tokens: all tokens of the layer "
+        "whose largest |x| is massive, shown or not.",
+        units={
+            "value": "activation",
+            "ratio": "|x| ÷ median |x|",
+            "median_abs": "activation",
+            "massive_tokens": "tokens",
+        },
     )
+
+
+def _told(layers: list[int]) -> str:
+    return f"layer {layers[0]}" if len(layers) == 1 else f"{len(layers)} layers ({layers[0]} to {layers[-1]})"
 
 
 def _draw(result: Result) -> go.Figure:

@@ -32,7 +32,7 @@ class _Active:
         bits: [token, byte]; for experts those of all experts seen, one after another.
         size: neurons that a layer has in all.
         rate: [neuron] share of tokens at which it is active, of neurons active at all.
-        threshold: |a| over which a neuron is active.
+        threshold: |a| from which on a neuron is active.
     """
 
     bits: Bits
@@ -66,7 +66,7 @@ def neuron_reuse(
     neurons that a token shares with the one before, over those active at either (Jaccard).
 
     Args:
-        threshold: |a| over which a neuron is active; where not given, the layer's threshold at `cett`.
+        threshold: |a| from which on a neuron is active (0 is never); where not given, the layer's threshold at `cett`.
         cett: CETT under unit columns that sets the threshold (see `neuron_cett`); 0 counts every neuron that is not 0.
         longest: longest window, in tokens; windows are 1, 2, 4, … up to it.
         tokens: recorded tokens to look at, in whole sequences.

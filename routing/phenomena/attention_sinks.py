@@ -103,7 +103,8 @@ def attention_sinks(
             "rate": "share of texts",
         },
         interval=f"95 % percentile bootstrap over documents, {draws} resamples",
-        null="uniform attention over all earlier positions: α_k = (H_64 − H_k) ÷ (64 − k), H being harmonic numbers",
+        null="uniform attention over all earlier positions: α_k = (H_W − H_k) ÷ (W − k), H being harmonic numbers and W the 64 tokens, "
+        "or all that a shorter text has; the mean over texts",
         sql=HEADS_SQL,
         sql_parameters={
             "run": run.run_id,
@@ -127,7 +128,6 @@ def _long_enough(heads: HeadSums, position: int, shorter: bool) -> HeadSums:
 
 def _rates(parts: list[HeadSums], position: int, epsilon: float, draws: int, seed: int) -> list[dict[str, object]]:
     """Sink_k over all layers, and of each."""
-    null = float(uniform_alpha(position) > epsilon)
     each = [(heads, (heads.means > epsilon).sum(axis=1), np.full(len(heads.n), heads.sums.shape[1])) for heads in parts]
     rows = []
     for heads, passed, pairs in each:
@@ -137,6 +137,7 @@ def _rates(parts: list[HeadSums], position: int, epsilon: float, draws: int, see
     same = [(passed, pairs) for heads, passed, pairs in each if np.array_equal(heads.sequence, first.sequence)]
     whole = _interval(first, sum(p for p, _ in same), sum(n for _, n in same), draws, seed)
     rows.insert(0, {"metric": "Sink_k", **whole})
+    null = float((_uniform(first, position) > epsilon).mean())
     return [{**row, "position": position, "null": null} for row in rows]
 
 
@@ -157,10 +158,16 @@ def _alphas(heads: HeadSums, position: int, epsilon: float, draws: int, seed: in
     return pd.DataFrame(
         {
             "metric": "alpha", "layer": heads.layer, "block": heads.block, "head": range(means.shape[1]), "position": position,
-            "value": value, "ci_low": low, "ci_high": high, "null": uniform_alpha(position), "sink": value > epsilon,
+            "value": value, "ci_low": low, "ci_high": high, "null": _uniform(heads, position).mean(), "sink": value > epsilon,
             "rate": (means > epsilon).mean(axis=0), "texts": len(means), "n": int(heads.n.sum()),
         }
     )  # fmt: skip
+
+
+def _uniform(heads: HeadSums, position: int) -> NDArray[np.float64]:
+    """[text] α_k under uniform attention, in each text's own window; in one of 64 tokens where there is no text."""
+    windows = heads.n + position if len(heads.n) else [WINDOW]
+    return np.array([uniform_alpha(position, int(window)) for window in windows], np.float64)
 
 
 def _too_short(run: Run, shorter: bool) -> InputError:

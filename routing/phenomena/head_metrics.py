@@ -52,7 +52,7 @@ _KNOWN = {
         HeadMetric("mass_other", "attention to tokens further back"),
         HeadMetric("entropy", "entropy of attention", "nats"),
         HeadMetric("distance", "mean distance that a query looks back", "tokens"),
-        HeadMetric("mass_sink", "attention to the learned sink logit"),
+        HeadMetric("mass_sink_logit", "attention to the learned sink logit"),
     )
 }  # fmt: skip
 _ALPHA = re.compile(r"(sink_alpha|alpha)_(\d+)", re.ASCII)

@@ -20,7 +20,7 @@ from moescope.store.run import Run
 POLICIES = ("special", "+ punctuation", "+ frequent", "+ local")
 ROLES = (*POLICIES, "all")
 MASS, EVEN = "recovered mass, ", "even attention, "
-_PROTOCOL = "moescope phenomena MODEL, or moescope.probes.phenomena.head_roles.head_roles(model, store=store)"
+_PROTOCOL = "moescope.probes.phenomena.head_roles.head_roles(model, store=store)"
 _COLUMNS = ("layer", "block", "head", "metric", "role", "value", "ci_low", "ci_high", "null", "stability", "n")
 
 

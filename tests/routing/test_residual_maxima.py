@@ -90,3 +90,14 @@ def test_table_equals_sorting_every_layer_by_magnitude(data: st.DataObject, plan
     frame = result.df()
     assert list(frame[["layer", "token", "value", "ratio", "massive"]].itertuples(index=False, name=None)) == expected
     assert result.n == 2 * tokens
+
+
+def test_a_massive_activation_below_the_rows_shown_is_still_told(plant: Plant, planted: ModuleType) -> None:
+    """Medians differ a thousandfold, so that the largest |x| is not massive and a smaller one is."""
+    values = np.zeros((4, 3))
+    values[:, 0] = [300.0, 50.0, 10.0, -150.0]
+    stream = planted.Stream(np.ones(4), values=values, channels=np.zeros((4, 3), int), median=np.array([1.0, 0.001]))
+    result = analyze(plant(lengths=[2, 2], streams={0: stream}), "residual_maxima", top=1)
+    assert result.df()["massive"].tolist() == [False]
+    assert result.df()["massive_tokens"].tolist() == [1]
+    assert result.title.startswith("Massive activations after layer 0;")

@@ -93,6 +93,16 @@ def test_short_texts_are_left_out_unless_asked_for(plant: Plant) -> None:
     assert analyze(run, "attention_sinks", shorter=True).n == 2
 
 
+def test_uniform_attention_is_its_own_null_in_short_texts_too(plant: Plant) -> None:
+    run = planted(plant, {0: [heads.uniform]}, (64, 24))
+    frame = analyze(run, "attention_sinks", shorter=True).df()
+    alpha = frame[frame["metric"] == "alpha"]
+    assert alpha["value"].tolist() == pytest.approx(alpha["null"].tolist(), abs=1e-6)
+    short = sum(1 / i for i in range(1, 25)) / 24  # H_24 ÷ 24, by hand
+    whole = sum(1 / i for i in range(1, 65)) / 64
+    assert alpha.iloc[0]["null"] == pytest.approx((short + whole) / 2)
+
+
 def test_texts_too_short_to_tell_are_refused_with_what_to_do(plant: Plant) -> None:
     run = planted(plant, {0: [heads.on_first]}, (40, 30))
     with pytest.raises(InputError, match=r"long enough.*at least 64 tokens.*shorter=true"):
@@ -205,3 +215,11 @@ def test_figures_are_drawn_from_the_result(name: str, plant: Plant) -> None:
     assert "layer" in (figure.layout.xaxis.title.text + figure.layout.yaxis.title.text)
     pair = [planted(plant, {0: [HALF], 1: [HALF]}) for _ in range(2)]
     assert len(analyze(pair, "sink_decay").figure().data) == 2
+
+
+def test_every_mass_that_the_probe_writes_has_words_for_readers() -> None:
+    from moescope.probes.attention_statistics import METRICS, SINK_METRIC
+    from moescope.routing.phenomena.head_metrics import head_metric
+
+    unnamed = [name for name in (*METRICS, SINK_METRIC) if head_metric(name).words == name]
+    assert not unnamed
