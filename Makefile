@@ -2,7 +2,8 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DELETE_ON_ERROR:
-.PHONY: demo test test-all test-gpu lint types browser demo-model sae-demo sae-smollm2 screenshots clean
+.PHONY: demo test test-all test-gpu lint types browser docs pages notebooks method-pages screenshots bench mutation \
+	demo-model sae-demo sae-smollm2 clean
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -31,7 +32,7 @@ lint: $(VENV)/.ready-test
 
 # The type checker reads the wheel: in an editable install the mapped folders do not show under `moescope`.
 types: $(VENV)/.ready-test
-	rm -rf .build build
+	rm -rf .build/site .build/*.whl build
 	$(BIN)/python -m build --wheel --no-isolation --outdir .build . > .build.log 2>&1 || { cat .build.log; rm -f .build.log; exit 1; }
 	rm -rf .build.log build
 	$(PIP) install --quiet --no-deps --target .build/site .build/*.whl
@@ -43,6 +44,38 @@ browser:
 	elif command -v apt-get >/dev/null && [ "$$(id -u)" = 0 ]; then \
 		apt-get update --quiet && DEBIAN_FRONTEND=noninteractive apt-get install --quiet --yes chromium chromium-driver; \
 	else echo "Chromium and chromedriver are not here and cannot be installed without root: browser tests will be skipped."; fi
+
+# The documentation as a site, without the network; a warning is an error.
+docs: $(VENV)/.ready-test
+	$(BIN)/sphinx-build -q -W --keep-going -b html docs .build/docs
+	@echo "Documentation: .build/docs/index.html"
+
+# Pages of docs/ that are written from the code; tests compare them.
+pages: $(VENV)/.ready-test
+	$(BIN)/moescope doctor --families --format markdown > docs/families.md
+	$(BIN)/moescope doctor --families --edits --format markdown > docs/edit-families.md
+	$(BIN)/moescope manual --format markdown > docs/cli.md
+	$(BIN)/moescope manual --format man > docs/moescope.1
+	$(BIN)/python docs/generate/pages.py
+	$(BIN)/python docs/method_pages.py
+
+# Runs the notebooks of docs/ and keeps what they show.
+notebooks: $(VENV)/.ready-test browser
+	$(BIN)/python docs/notebooks/execute.py
+
+# One page for each analysis in docs/methods/, with figures of runs of the bundled model, recorded by the pages' own commands.
+method-pages: $(VENV)/.ready-test browser
+	$(BIN)/python docs/method_figures.py demo/methods --record
+	$(BIN)/python docs/method_pages.py
+
+# Every benchmark, and docs/benchmarks.md with what they found; SIZE=full takes hours.
+SIZE ?= quick
+bench: $(VENV)/.ready-test browser
+	$(BIN)/python benchmarks/everything.py --size $(SIZE)
+
+# Changes the core measures one place at a time and counts what their tests notice.
+mutation: $(VENV)/.ready-test
+	$(BIN)/python tests/properties/mutation.py
 
 # Trains the bundled model again from its sources; see probes/demo/model/README.md.
 demo-model: $(VENV)/.ready-test

@@ -49,7 +49,7 @@ def run(store: Path, *words: str) -> Any:
 def test_latents_are_steered_measured_stored_and_saved(store: Path) -> None:
     saved = store.parent / "steer.json"
     words = ["--sae", "mine", "--latent", "3=+6", "--latent", "5=*0", "--target", "e", "--strengths", "0,1"]
-    found = run(store, *words, "--save", str(saved))
+    found = run(store, *words, "--save-intervention", str(saved))
     assert found.exit_code == 0, found.output
     answer = json.loads(found.stdout[found.stdout.index("{") :])
     assert "log p of 'e'" in answer["title"]
