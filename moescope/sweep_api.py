@@ -32,6 +32,9 @@ ANSWERS: dict[SweepKind, str] = {
 }
 
 
+_WHOLE = ("drop", "keep", "dose")  # kinds of sweep that are not cut down to some layers
+
+
 def sweep(
     model: LiveModel,
     corpus: Any,
@@ -165,6 +168,12 @@ def _request(
 ) -> SweepRequest:
     from moescope.probes.sweeps.perform import SweepRequest, flat_scores
 
+    if kind in _WHOLE and options.get("layers") is not None:
+        raise InputError(
+            f"layers are not for a sweep of kind {kind}",
+            expected="layers with experts, top_k, top_p or routing_value",
+            fix="leave them out: sets by score are taken from every layer, and a dose acts where its edits say",
+        )
     found: Sequence[ExpertScores] = ()
     if kind in ("drop", "keep") and model.anatomy.moe:
         names = _names(scores)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from itertools import islice
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -39,7 +39,7 @@ def run_batches(
     share: float = 0.1,
     seed: int = 0,
     batch_size: int | None = None,
-    tokens: int | None = None,
+    only: NDArray[np.integer[Any]] | None = None,
 ) -> Iterator[Batch]:
     """The sequences of a run in their order, with the token ids that were fed then; generated tokens are left out.
 
@@ -50,7 +50,7 @@ def run_batches(
         documents: all; those that `held_out(…, share, seed)` holds out; or the others.
         share, seed: of that split.
         batch_size: sequences a batch; None for the run's own.
-        tokens: end with the first document by whose end there are so many; None for all.
+        only: these documents of that side alone; None for all of them.
 
     Raises:
         InputError: a run without tokens, or without a document of that side.
@@ -68,8 +68,10 @@ def run_batches(
         raise InputError(f"run {run.name!r} has no tokens", fix="record it with the probe tokens")
     numbers = np.array([row[:2] for row in rows], np.int64)
     chosen = _chosen(run, numbers[:, 1], documents, share, seed)
+    if only is not None:
+        chosen &= np.isin(numbers[:, 1], only)
     size = batch_size or int(run.info["settings"].get("batch_size") or 8)
-    return _batches(_sequences(run, [row for row, take in zip(rows, chosen, strict=True) if take], tokens), size)
+    return _batches(_sequences(run, [row for row, take in zip(rows, chosen, strict=True) if take]), size)
 
 
 def _chosen(run: Run, document: NDArray[np.int64], which: Documents, share: float, seed: int) -> NDArray[np.bool_]:
@@ -86,22 +88,16 @@ def _chosen(run: Run, document: NDArray[np.int64], which: Documents, share: floa
     return chosen
 
 
-def _sequences(
-    run: Run, rows: list[tuple[int, int, int, str | None, str | None]], most: int | None
-) -> Iterator[Sequence]:
-    done, last = 0, -1
+def _sequences(run: Run, rows: list[tuple[int, int, int, str | None, str | None]]) -> Iterator[Sequence]:
     for start in range(0, len(rows), _AT_ONCE):
         part = rows[start : start + _AT_ONCE]
         found = run.sql(_IDS, {"first": part[0][0], "last": part[-1][0]}).fetchnumpy()
         sequence, ids = (np.asarray(found[name], np.int64) for name in ("sequence_id", "token_id"))
         for number, document, piece, label, source in part:
-            if most is not None and done >= most and document != last:
-                return
             begin, end = np.searchsorted(sequence, (number, number + 1))
             if begin == end:
                 continue  # a shard that lacks its records
             yield Sequence(number, document, Document("", label, source), piece, "", ids[begin:end])
-            done, last = done + int(end - begin), document
 
 
 def _batches(sequences: Iterator[Sequence], size: int) -> Iterator[Batch]:

@@ -106,7 +106,7 @@ def feature_experts(
         store: open for writing.
         layers: layers of routers to look at; None for the nearest whose experts write there, and every router behind.
         documents: `held_out`: without those the autoencoder was trained on, where it was trained on this run.
-        tokens: about how many, from the first on; None for all.
+        tokens: about how many, of documents drawn at random; None for all.
         features: latents; None for all.
         top, strongest: which pairs are kept.
         encoder: measure `writes_encoder` too.

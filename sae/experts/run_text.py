@@ -23,6 +23,7 @@ _LENGTHS = """
     GROUP BY s.document_id
     ORDER BY min(s.sequence_id)
 """
+_DRAWN = 0  # the seed by which documents are drawn: the same ones for every question of a run
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,6 @@ class RunText:
         side, share, seed: which side of which split they are.
         documents: their ids.
         tokens: unmasked tokens of all of them, prompts only.
-        limit: where reading ends; None for the end.
     """
 
     run: Run
@@ -43,7 +43,6 @@ class RunText:
     seed: int
     documents: NDArray[np.int64]
     tokens: int
-    limit: int | None
 
     @property
     def n_documents(self) -> int:
@@ -68,7 +67,7 @@ class RunText:
     def batches(self, batch_size: int) -> Iterator[Batch]:
         """The sequences as they were fed, in order."""
         return run_batches(
-            self.run, documents=self.side, share=self.share, seed=self.seed, batch_size=batch_size, tokens=self.limit
+            self.run, documents=self.side, share=self.share, seed=self.seed, batch_size=batch_size, only=self.documents
         )
 
 
@@ -81,7 +80,7 @@ def run_text(
         run: with the records of probe `tokens`, of the unedited model.
         autoencoder: whose training documents are left out where training saw these texts; None leaves out none.
         documents: `held_out`, or `all` to take those too.
-        tokens: about so many, from the first on; None for all.
+        tokens: about so many, of documents drawn at random (a corpus may be sorted by label); None for all.
 
     Raises:
         InputError: a run without tokens, recorded under an intervention, or without held-out documents.
@@ -105,5 +104,7 @@ def run_text(
                 fix="name another run, or pass documents='all' (--documents all)",
             )
     if tokens is not None:
-        rows = rows[np.cumsum(rows[:, 1]) - rows[:, 1] < tokens]
-    return RunText(run, side, trained.held_out_share, trained.split_seed, rows[:, 0], int(rows[:, 1].sum()), tokens)
+        drawn = np.random.default_rng(_DRAWN).permutation(len(rows))
+        before = np.cumsum(rows[drawn, 1]) - rows[drawn, 1]
+        rows = rows[np.sort(drawn[before < tokens])]
+    return RunText(run, side, trained.held_out_share, trained.split_seed, rows[:, 0], int(rows[:, 1].sum()))

@@ -125,7 +125,7 @@ def expert_sparsity(
         run: whose sequences are run again.
         store: open for writing.
         layers: None for all with a router.
-        tokens: about how many, from the first on; None for all.
+        tokens: about how many, of documents drawn at random; None for all.
         swap_tokens: about how many for the swapped router; 0 leaves it out.
         skip_first: leave out so many first tokens of each sequence.
         draws, seed: of the resampling of documents.

@@ -53,7 +53,7 @@ How = Annotated[
         show_default="zero; for drop route_around",
     ),
 ]
-Layers = Annotated[str | None, typer.Option(help="Layers, as in 0,3 or 2-5.", show_default="all that route")]
+Layers = Annotated[str | None, typer.Option(help="Layers, as in 0,3 or 2-5; not for drop, keep and dose.", show_default="all that route")]
 Score = Annotated[
     list[str] | None,
     typer.Option(

@@ -128,6 +128,7 @@ def test_base_run_of_another_model_is_refused(
         ({"kind": "routing_value", "draws": 0}, "random routing"),
         ({"screen": 0, "sample": 0}, "not shown alone"),
         ({"kind": "drop", "screen": 3}, "screening is for"),
+        ({"kind": "drop", "layers": [1]}, "layers are not for a sweep of kind drop"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
