@@ -221,7 +221,10 @@ def _draw(result: Result) -> go.Figure:
     shown = [name for name in order if (frame["metric"] == name).any()]
     units = {_NAMES[metric]: unit for metric, unit in _UNITS.items()}
     figure = make_subplots(
-        rows=1, cols=max(1, len(shown)), horizontal_spacing=0.08, subplot_titles=[plain(n) for n in shown]
+        rows=1,
+        cols=max(1, len(shown)),
+        horizontal_spacing=0.08,
+        subplot_titles=[f"{plain(n)}<br><sup>{plain(units[n])}</sup>" for n in shown],
     )
     for number, metric in enumerate(shown):
         part = frame[frame["metric"] == metric]
@@ -246,6 +249,7 @@ def _draw(result: Result) -> go.Figure:
                 row=1, col=number + 1,
             )  # fmt: skip
         figure.update_xaxes(tickangle=0, row=1, col=number + 1)
-        figure.update_yaxes(title=units[metric], row=1, col=number + 1)
+        if not part["value"].any():
+            figure.update_yaxes(range=[0, 1], row=1, col=number + 1)  # or an axis of nothing but 0 runs from −1 to 1
     figure.update_layout(height=420)
     return figure
