@@ -26,6 +26,14 @@ Kind = Literal["moe", "dense", "attention", "ssm"]
 _LINES = 40  # rows that are shown: a model whose layers all differ has one each
 
 
+def no_live_model() -> InputError:
+    """The refusal of an anatomy whose model is not there, or not there any more."""
+    return InputError(
+        "a routing rule is found by running a model, and this anatomy has none",
+        fix="keep the model: model = moescope.load(…); model.anatomy.routing_rule",
+    )
+
+
 @dataclass(frozen=True)
 class Sublayer:
     """One sublayer of one transformer block.
@@ -138,6 +146,10 @@ class Anatomy(Tabular):
         """Experts a token takes: the largest where layers differ, None in a dense model."""
         return max((s.top_k or 0 for s in self.moe), default=None)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies and files: without the way back to the model."""
+        return {**self.__dict__, "rules": None}
+
     @cached_property
     def routing_rule(self) -> str | None:
         """How routers turn logits into a decision, in words, and how many decisions it reproduces; None in a dense model.
@@ -151,16 +163,14 @@ class Anatomy(Tabular):
 
         Example:
             >>> import moescope as ms
-            >>> ms.load("demo").anatomy.routing_rule
+            >>> model = ms.load("demo")
+            >>> model.anatomy.routing_rule
             'top-k of softmax, weights softmax, renormalised (verified: 100.0 % of 1,024 tokens)'
         """
         if not self.moe:
             return None
         if self.rules is None:
-            raise InputError(
-                "a routing rule is found by running a model, and this anatomy has none",
-                fix="ask a live model: moescope.load(model).anatomy.routing_rule",
-            )
+            raise no_live_model()
         found = self.rules()
         told: dict[str, list[int]] = {}
         for s in self.moe:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
@@ -14,7 +15,7 @@ from torch import nn
 from moescope.core.errors import InputError
 from moescope.core.notebook_html import box, heading
 from moescope.core.sites import Site
-from moescope.probes.anatomy import Anatomy, find_anatomy
+from moescope.probes.anatomy import Anatomy, find_anatomy, no_live_model
 from moescope.probes.custom_layers import custom_layer
 
 if TYPE_CHECKING:
@@ -62,7 +63,14 @@ class LiveModel:
     @cached_property
     def anatomy(self) -> Anatomy:
         """What the model is made of, layer by layer."""
-        return replace(find_anatomy(self.module), rules=self._rules)
+        held = weakref.ref(self)  # so that an anatomy that is kept does not keep the model in memory
+
+        def rules() -> dict[tuple[int, str], RoutingRule]:
+            if (model := held()) is None:
+                raise no_live_model()
+            return model._rules()
+
+        return replace(find_anatomy(self.module), rules=rules)
 
     def _rules(self) -> dict[tuple[int, str], RoutingRule]:
         from moescope.probes.edits.router_rules import rules_of

@@ -40,7 +40,8 @@ def read_bytes(amount: str | int) -> int:
     """
     found = _AMOUNT.fullmatch(str(amount).strip())
     unit = _UNITS.get(found[2].upper() or "B") if found else None
-    size = int(float(found[1]) * unit) if found and unit else 0
+    bytes_asked = float(found[1]) * unit if found and unit else 0.0
+    size = int(bytes_asked) if math.isfinite(bytes_asked) else 0
     if isinstance(amount, bool) or size < 1:
         raise InputError("a budget is a number of bytes", expected="500MB, 2GB, 1.5GiB, …", found=repr(amount))
     return size

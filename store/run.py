@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -131,8 +130,11 @@ class Run:
 
     def sql(self, query: str, parameters: Mapping[str, Any] | None = None) -> duckdb.DuckDBPyRelation:
         """A query in which `$run` is this run's id; one without it asks the whole store."""
-        own = {"run": self.run_id} if re.search(r"\$run\b", query) else {}
-        return self.store.sql(query, own | dict(parameters or {}))
+        try:
+            wanted = any("run" in statement.named_parameters for statement in duckdb.extract_statements(query))
+        except duckdb.Error:  # it is told where it is run
+            wanted = False
+        return self.store.sql(query, ({"run": self.run_id} if wanted else {}) | dict(parameters or {}))
 
     def _check_table(self, name: str) -> None:
         columns = {entry.name: entry.columns for entry in TABLES} | {entry.name: entry.columns for entry in VIEWS}
@@ -153,7 +155,7 @@ class Run:
         shown = {
             "Model": " · ".join(str(info[key]) for key in ("model", "architecture", "revision") if info[key]),
             "Size": ", ".join(
-                f"{summary[key]:,} {key}"
+                f"{summary[key]:,} {key}" if isinstance(summary[key], int) else f"{summary[key]} {key}"
                 for key in ("tokens", "sequences", "documents")
                 if summary.get(key) is not None
             ),
@@ -161,7 +163,7 @@ class Run:
             "Sites": ", ".join(settings.get("sites", ())),
             "Intervention": json.dumps(info["intervention"], ensure_ascii=False) if info["intervention"] else "",
             "Begun": f"{info['started_at']:%Y-%m-%d %H:%M} UTC" if info["started_at"] else "",
-            "Took": f"{summary['seconds']:,.1f} s" if summary.get("seconds") else "",
+            "Took": f"{summary['seconds']:,.1f} s" if isinstance(summary.get("seconds"), (int, float)) else "",
             "Store": str(self.store.path),
         }
         coverage = self.coverage

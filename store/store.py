@@ -22,6 +22,7 @@ from moescope.store.opening import concerns_file, explained, open_connection
 from moescope.store.run import UNSAID_END, Run
 from moescope.store.run_sizes import RunSize, run_sizes
 from moescope.store.schema import TABLES
+from moescope.store.views import VIEWS
 
 # Runs that are shown: in a line of text, and in a notebook's table.
 _NAMED, _LISTED = 8, 40
@@ -49,6 +50,9 @@ def forget_begun(run: Run) -> None:
 
 class Store:
     """A DuckDB file holding runs. One process may have it open for writing, or many for reading.
+
+    A file that `with Store(path)` itself made is taken away again where the block ends in an `InputError` before anything was
+    put into it; a file that was there before never is.
 
     Args:
         path: the file; made where it is not there yet, and upgraded where an older version of moescope wrote it: a copy
@@ -83,7 +87,8 @@ class Store:
         self.path = Path(path)
         self.read_only = read_only
         self._folders, self._locked, self._memory = [Path(folder) for folder in folders], locked, memory
-        self._made = not read_only and not os.path.exists(self.path)
+        # Where a file was made by this: absolute, since the folder of the program may change meanwhile.
+        self._made = None if read_only or os.path.lexists(self.path) else Path(os.path.abspath(self.path))
         self._connection: duckdb.DuckDBPyConnection | None = self._opened()
         if not read_only:
             self._close_abandoned_runs()
@@ -278,10 +283,23 @@ class Store:
         )
 
     def _is_empty(self) -> bool:
-        """Whether no table but the store's own has a row."""
-        tables = [table.name for table in TABLES if table.name != "store_info"]
-        rows = " UNION ALL ".join(f'SELECT 1 FROM "{name}"' for name in tables)
-        return self._connection is not None and not self._connection.execute(f"{rows} LIMIT 1").fetchall()
+        """Whether nothing was put into the file, and nobody else has it open here; what cannot be asked counts as full."""
+        own = [table.name for table in TABLES]
+        rows = " UNION ALL ".join(f'SELECT 1 FROM "{name}"' for name in own if name != "store_info")
+        others = """
+            SELECT 1 FROM duckdb_connection_count() WHERE count > 1
+            UNION ALL
+            SELECT 1 FROM duckdb_tables() WHERE NOT list_contains($own, table_name)
+            UNION ALL
+            SELECT 1 FROM duckdb_views() WHERE NOT internal AND NOT list_contains($own, view_name)
+        """
+        if self._connection is None:
+            return False
+        known = {"own": own + [view.name for view in VIEWS]}
+        try:
+            return not self._connection.execute(f"{rows} UNION ALL {others} LIMIT 1", known).fetchall()
+        except duckdb.Error:
+            return False
 
     def _failed(self, refused: duckdb.Error) -> InputError:
         text = str(refused)
@@ -332,10 +350,11 @@ class Store:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         # A file that was made only for something that was then refused goes again.
-        unused = self._made and kind is not None and issubclass(kind, InputError) and self._is_empty()
+        refused = kind is not None and issubclass(kind, InputError)
+        unused = self._made if refused and self._made is not None and self._is_empty() else None
         self.close()
-        if unused:
-            self.path.unlink(missing_ok=True)
+        if unused is not None:
+            unused.unlink(missing_ok=True)
 
     def __repr__(self) -> str:
         if self._connection is None:
@@ -359,7 +378,7 @@ class Store:
     def _listed(self) -> list[tuple[Any, ...]]:
         """Name, status, model, tokens and begin of each run, oldest first."""
         query = """
-            SELECT name, status, model, CAST(summary->>'tokens' AS BIGINT), strftime(started_at, '%Y-%m-%d %H:%M')
+            SELECT name, status, model, TRY_CAST(summary->>'tokens' AS BIGINT), strftime(started_at, '%Y-%m-%d %H:%M')
             FROM runs
             ORDER BY started_at, name
         """

@@ -188,7 +188,7 @@ class Analysis:
         if not run.complete and not allow_incomplete:
             raise IncompleteError(
                 f"run {run.name!r} is not complete, so {self.name} would rest on part of the corpus",
-                fix="look at run.coverage; to analyse it as it is, pass allow_incomplete=True",
+                fix="look at run.coverage; to analyse it as it is, pass allow_incomplete=True (--allow-incomplete)",
             )
 
     def _parse(self, given: Mapping[str, Any]) -> dict[str, Any]:

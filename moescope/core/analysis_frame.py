@@ -20,6 +20,8 @@ class AnalysisFrame(pd.DataFrame):  # type: ignore[misc]  # pandas has no types
         return pd.DataFrame
 
     def _repr_html_(self) -> str:
+        if not {"section", *_SHOWN} <= set(self.columns):
+            return str(pd.DataFrame(self)._repr_html_())
         titles = {str(key): title for key, title in SECTION_TITLES.items()}
         parts = []
         for section in [*titles, ""]:

@@ -10,7 +10,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Protocol
 
 from moescope.core.kernel import in_notebook
-from moescope.core.text import escaped
+from moescope.core.text import escaped, printable
 
 if TYPE_CHECKING:
     from rich.progress import ProgressColumn
@@ -165,7 +165,7 @@ class NotebookBar:
 
     def _data(self) -> dict[str, str]:
         lines = [task.text(ended=None if self._running else time.monotonic()) for task in self._tasks]
-        text = "\n".join(lines)
+        text = printable("\n".join(lines))
         if not self._running:
             return {"text/plain": text}
         rows = "".join(

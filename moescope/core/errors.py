@@ -5,7 +5,7 @@ from __future__ import annotations
 import traceback
 from types import TracebackType
 
-from moescope.core.text import undirected
+from moescope.core.text import printable
 
 _RED, _PLAIN = "\x1b[1;31m", "\x1b[0m"
 _LONGEST = 2000  # characters of a part: what a hostile file holds is not repeated whole
@@ -45,7 +45,7 @@ class MoescopeError(Exception):
     def _render_traceback_(self) -> list[str]:
         """What IPython shows instead of a traceback: the line of the user's own code, and the message, a part a line."""
         told = [*self._parts, *_caused_by(self)]
-        return [*_asked_in(self.__traceback__), _RED + type(self).__name__ + _PLAIN, *map(_harmless, told)]
+        return [*_asked_in(self.__traceback__), _RED + type(self).__name__ + _PLAIN, *map(printable, told)]
 
 
 def _cut(part: str) -> str:
@@ -112,11 +112,6 @@ class RunError(MoescopeError):
         >>> print(ms.RunError("the disk is full", fix="free some space, then record with resume=True"))
         the disk is full. What to do: free some space, then record with resume=True.
     """
-
-
-def _harmless(text: str) -> str:
-    """Without control characters, which a terminal would obey, and marks of direction."""
-    return "".join("\ufffd" if ord(c) < 32 and c not in "\n\t" else c for c in undirected(text))
 
 
 def _asked_in(raised: TracebackType | None) -> list[str]:

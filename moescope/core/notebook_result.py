@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from moescope.core.kernel import in_notebook
 from moescope.core.notebook_html import facts, first_rows, folded, heading
-from moescope.core.text import undirected, whole_characters
+from moescope.core.text import printable, whole_characters
 
 if TYPE_CHECKING:
     from moescope.core.result import Result
@@ -69,7 +69,7 @@ def as_text(result: Result) -> str:
     reached = (
         ".df() has all rows" + (", .figure() draws it" if result.has_figure else "") + ", .definition says what it is"
     )
-    return whole_characters(undirected("\n".join([*lines, reached])))
+    return printable(whole_characters("\n".join([*lines, reached])))
 
 
 def _rows(result: Result) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import atexit
 import logging
+import os
 import queue
 import threading
 from concurrent.futures import Future
@@ -61,6 +62,17 @@ def _draw_all() -> None:
                     job[1].set_exception(failure)
 
 
+def _after_fork() -> None:
+    """A child process has neither the thread nor the browser of its parent."""
+    global _lock, _jobs  # the parent's may be held for ever
+    _lock, _jobs = threading.Lock(), queue.Queue()
+    _state.update(thread=None, failed=False)
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
+
+
 def _close() -> None:
     """Close the browser with the program, so that its folder of settings goes too."""
     if (thread := _state["thread"]) is not None:
@@ -75,7 +87,8 @@ async def _serve() -> None:
 
         # The browser's pipe now and then holds a message cut short; it is skipped without harm, but logged.
         logging.getLogger("choreographer").setLevel(logging.CRITICAL)
-        async with kaleido.Kaleido(timeout=_PATIENCE) as browser:
+        # Its page would ask another host for MathJax, and wait for it.
+        async with kaleido.Kaleido(timeout=_PATIENCE, mathjax=False) as browser:
             atexit.unregister(_close)
             atexit.register(_close)  # once the browser's own are: what is registered last runs first
             while job is not None:

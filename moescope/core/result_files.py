@@ -52,15 +52,20 @@ def _svg(result: Result, path: Path) -> None:
 def _drawn(result: Result, format: str) -> bytes:  # noqa: A002  plotly's own name for it
     figure = result.figure()
     try:
+        import kaleido
         import kaleido.errors
     except ImportError as missing:
         raise InputError("images need kaleido", fix="pip install 'moescope[images]', or save as .html") from missing
     # The browser's pipe now and then holds a message cut short; it is skipped without harm, but logged with a traceback.
     logging.getLogger("choreographer").setLevel(logging.CRITICAL)
     try:
-        image: bytes = figure.to_image(format=format, width=_WIDTH, scale=_SCALE if format == "png" else 1)
+        options = {"format": format, "width": _WIDTH, "scale": _SCALE if format == "png" else 1}
+        if figure.layout.height:
+            options["height"] = figure.layout.height
+        # Its page would ask another host for MathJax, and wait for it.
+        image: bytes = kaleido.calc_fig_sync(figure.to_dict(), opts=options, kopts={"mathjax": False})
     except (RuntimeError, kaleido.errors.KaleidoError) as failure:
-        browserless = isinstance(failure.__context__, kaleido.errors.ChromeNotFoundError)
+        browserless = isinstance(failure, kaleido.errors.ChromeNotFoundError)
         raise InputError(
             "images are drawn by Chrome or Chromium, and neither is here"
             if browserless

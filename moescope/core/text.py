@@ -18,6 +18,16 @@ def undirected(text: str) -> str:
     return text.translate(_DIRECTION)
 
 
+def printable(text: str) -> str:
+    """Text that cannot steer a terminal: control characters and marks of direction are shown as U+FFFD.
+
+    Example:
+        >>> printable("a" + chr(27) + "[2J") == "a" + chr(0xFFFD) + "[2J"
+        True
+    """
+    return "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in undirected(text))
+
+
 def escaped(text: str) -> str:
     """Text for HTML: markup is shown letter by letter, marks of direction as U+FFFD.
 

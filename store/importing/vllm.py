@@ -94,7 +94,7 @@ def _of_arrays(source: Path) -> list[_Stretch]:
 def _answers(source: Path) -> Iterator[dict[str, Any]]:
     """Responses of a .json file (one, or a list) or a .jsonl file (one a line)."""
     text = source.read_text(encoding="utf-8-sig")
-    lines = [line for line in text.splitlines() if line.strip()] if source.suffix == ".jsonl" else [text]
+    lines = [line for line in text.split("\n") if line.strip()] if source.suffix == ".jsonl" else [text]
     for number, line in enumerate(lines, start=1):
         try:
             found = json.loads(line)

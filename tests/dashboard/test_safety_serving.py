@@ -283,7 +283,7 @@ def test_a_model_that_loads_is_stopped_at_the_end_and_that_is_said(path: Path) -
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("moescope.dashboard.serve.create_app", create)
-        patch.setattr("moescope.dashboard.model_host._load", load)
+        patch.setattr("moescope.dashboard.model_host.load_model", load)
         options = {"port": 0, "ready": ready, "model": "demo", "tell": told.append}
         thread = threading.Thread(target=serve, args=(path,), kwargs=options)
         thread.start()

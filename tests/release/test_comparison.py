@@ -56,7 +56,9 @@ def test_router_logits_of_transformers_hold_the_padding_too(tiny_model: Callable
     assert output.router_logits[0].shape[0] == mask.numel() > int(mask.sum())
 
 
-def test_transformer_lens_names_no_hook_for_the_decision(used: tuple[Any, Any, Any, list[Any]]) -> None:
+def test_the_bridge_of_transformer_lens_names_no_hook_for_the_decision_of_deepseek_v3(
+    used: tuple[Any, Any, Any, list[Any]],
+) -> None:
     import copy
 
     from tokenizers import Tokenizer

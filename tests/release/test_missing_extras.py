@@ -88,11 +88,13 @@ def test_a_table_for_polars_names_its_extra(folder: Path) -> None:
     assert "pip install 'moescope[polars]'" in _refusal(folder, code)
 
 
+@pytest.mark.slow
 def test_tracing_a_model_names_its_extra(folder: Path) -> None:
     code = "with ms.load('demo').trace('one two'):\n    pass"
     assert "pip install 'moescope[nnsight]'" in _refusal(folder, code)
 
 
+@pytest.mark.slow
 def test_every_module_outside_the_dashboard_loads_without_an_extra(folder: Path) -> None:
     import moescope
 

@@ -58,9 +58,9 @@ def test_without_saelens_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> 
     from moescope.sae import saelens
 
     monkeypatch.setattr(importlib.util, "find_spec", lambda _name: None)
-    with pytest.raises(InputError, match=r'moescope\[sae\]"'):
+    with pytest.raises(InputError, match=r"'moescope\[sae\]'"):
         saelens.need_saelens()
-    with pytest.raises(InputError, match=r'moescope\[sae\]"'):
+    with pytest.raises(InputError, match=r"'moescope\[sae\]'"):
         ms.sae.published("release", "id")
 
 
@@ -83,6 +83,7 @@ def _texts() -> list[tuple[str, str]]:
     return [(str(d.label), d.text[:400]) for n, d in enumerate(Corpus.load("demo")) if n % 3 == 0][:60]
 
 
+@pytest.mark.slow
 def test_a_study_answers_every_question_of_each_autoencoder(studied: tuple[Path, list[Result]]) -> None:
     names = [result.name for result in studied[1]]
     each = ["sae_quality", "features", "top_features", "expert_features", "feature_writers"]
@@ -90,6 +91,7 @@ def test_a_study_answers_every_question_of_each_autoencoder(studied: tuple[Path,
     assert all(len(result.df()) for result in studied[1])
 
 
+@pytest.mark.slow
 def test_a_study_that_ended_is_not_repeated(studied: tuple[Path, list[Result]]) -> None:
     path, _ = studied
     texts = [{"text": t, "label": label} for label, t in _texts()]
@@ -104,6 +106,7 @@ def test_a_study_that_ended_is_not_repeated(studied: tuple[Path, list[Result]]) 
         assert {a.name for a in done.autoencoders} == {"study-1", "study-2"}
 
 
+@pytest.mark.slow
 def test_a_report_of_a_studied_run_shows_autoencoders(studied: tuple[Path, list[Result]], tmp_path: Path) -> None:
     with ms.Store(studied[0], read_only=True) as store:
         page = ms.write_report(store.run("study"), tmp_path / "report.html").read_text()

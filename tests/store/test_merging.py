@@ -160,6 +160,7 @@ def test_a_merged_run_says_what_it_took_in_all(recorded: Record, tmp_path: Path)
         assert said["bytes"] == pytest.approx(bytes_in_use(store), rel=0.1)
 
 
+@pytest.mark.slow
 def test_a_merged_run_can_be_merged_again(recorded: Record, tmp_path: Path) -> None:
     some = [recorded("every probe", r) for r in (range(2), range(5, 8))]
     rest = [recorded("every probe", r) for r in (range(2, 5), range(8, 9))]
@@ -366,6 +367,7 @@ def test_equal_texts_stay_two(tiny_model: Any, tmp_path: Path) -> None:
         assert store.fetch("SELECT token FROM tokens ORDER BY rowid") == [(n,) for n in range(12)]
 
 
+@pytest.mark.slow
 def test_totals_are_added_in_batch_order_whatever_the_slices(
     recorded: Record, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -153,6 +153,7 @@ def test_the_pages_are_those_that_were_promised() -> None:
     assert len({page.path for page in pages}) == len(list(pages))
 
 
+@pytest.mark.slow
 def test_a_real_recording_shows_on_every_page(browser: Any, serve_store: Callable[..., Any]) -> None:
     texts = [
         {"text": f"The {word} sat on the mat and looked at it.", "label": word[0]} for word in ("cat", "dog", "cow")

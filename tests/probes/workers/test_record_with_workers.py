@@ -159,6 +159,7 @@ def _is_recording(process: psutil.Process) -> bool:
         return False
 
 
+@pytest.mark.slow
 def test_what_a_worker_refuses_is_told_here(ray_here: Any, store: Store, corpus: list[dict[str, Any]]) -> None:
     with pytest.raises(InputError, match=r"blocks\.99"):
         with_workers(store, corpus, sites=["blocks.99.hook_resid_post"])

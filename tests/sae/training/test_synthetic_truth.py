@@ -51,6 +51,7 @@ def _saelens_own(vectors: torch.Tensor) -> torch.Tensor:
     return found
 
 
+@pytest.mark.slow
 def test_features_are_found_as_saelens_finds_them(
     synthetic: tuple[torch.Tensor, torch.Tensor], plant_run: Callable[..., Any]
 ) -> None:

@@ -171,6 +171,7 @@ def test_other_columns_are_left_out_and_named(store: Store, random_trace: Any) -
     assert any("temperature" in note for note in run.info["summary"]["notes"])
 
 
+@pytest.mark.slow
 def test_an_imported_run_can_be_reported_and_analysed(store: Store, random_trace: Any, tmp_path: Path) -> None:
     import moescope as ms
 
