@@ -11,7 +11,7 @@ import typer
 from moescope.cli.completion import analysis_names, parameter_names, run_names
 from moescope.cli.export import only_run
 from moescope.cli.flags import OUTPUT, Rows, listed
-from moescope.cli.output import as_json, facts, news, printable, table
+from moescope.cli.output import as_json, facts, news, printable, said, table
 from moescope.cli.stages import stages
 from moescope.core.errors import InputError
 
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from moescope.core.result import Result
     from moescope.store.run import Run
 
+_ROWS = 20
 _FORMATS = ("table", "csv", "json")
 
 
@@ -52,7 +53,7 @@ def analyze(
     format: Annotated[  # noqa: A002  the flag's name
         str, typer.Option(help="On stdout: table, csv or json; for --list also markdown.", rich_help_panel=OUTPUT)
     ] = "table",
-    rows: Rows = 20,
+    rows: Rows = _ROWS,
     output: Annotated[
         Path | None,
         typer.Option(
@@ -87,6 +88,9 @@ def analyze(
         raise InputError("no store is named", fix="moescope analyze runs.duckdb --analysis load, or --list")
     if all_ == bool(analysis):
         raise InputError("one of --analysis and --all is needed, and only one", fix="--list shows the analyses")
+    if all_ and (param or rows != _ROWS or chosen_format == "csv"):
+        ignored = "--param" if param else "--format csv" if chosen_format == "csv" else "--rows"
+        raise InputError(f"{ignored} is for --analysis, and --all writes a report", fix=f"leave out {ignored}")
     from moescope.store.store import Store as OpenedStore
 
     with OpenedStore(store, read_only=True) as opened:
@@ -130,7 +134,7 @@ def _answer(
         as_json(results[0].as_json() if len(results) == 1 else [result.as_json() for result in results])
     for result in results:
         if format == "csv":
-            typer.echo(result.df().to_csv(index=False), nl=False)
+            said(result.df().to_csv(index=False), nl=False)
         elif format == "table":
             _print(result, rows)
     if output:
@@ -147,7 +151,7 @@ def _pair(text: str) -> tuple[str, str]:
 def _print(result: Result, rows: int) -> None:
     from moescope.core.html import cell
 
-    typer.echo(f"{printable(result.title)}\n{printable(result.subtitle())}\n")
+    said(f"{printable(result.title)}\n{printable(result.subtitle())}\n")
     told = [
         name
         for name, column in zip(result.table.column_names, result.table.columns, strict=True)
@@ -156,8 +160,8 @@ def _print(result: Result, rows: int) -> None:
     head = result.table.select(told).slice(0, rows)
     table(head.column_names, [[cell(value) for value in row.values()] for row in head.to_pylist()])
     if result.table.num_rows > rows:
-        typer.echo(f"… {result.table.num_rows:,} rows in all; --format csv has them, --rows shows more")
-    typer.echo("")
+        said(f"… {result.table.num_rows:,} rows in all; --format csv has them, --rows shows more")
+    said("")
     facts(result.facts())
 
 
@@ -182,16 +186,16 @@ def _list(format: str) -> None:  # noqa: A002  the flag's name
         as_json([_listed(entry) for entry in analyses])
         return
     if format == "markdown":
-        typer.echo(analyses_page(), nl=False)
+        said(analyses_page(), nl=False)
         return
     for entry in analyses:
         listed = _listed(entry)
-        typer.echo(f"{entry.name}\n  {listed['answers']}")
+        said(f"{entry.name}\n  {listed['answers']}")
         runs = f"; compares {entry.runs} runs" if entry.runs > 1 else ""
-        typer.echo(f"  needs {', '.join(entry.needs) or 'nothing besides the run'}{runs}")
+        said(f"  needs {', '.join(entry.needs) or 'nothing besides the run'}{runs}")
         for name, described in listed["parameters"].items():
-            typer.echo(f"  --param {name}={described['default']}  ({described['takes']})")
-        typer.echo("")
+            said(f"  --param {name}={described['default']}  ({described['takes']})")
+        said("")
 
 
 def _listed(entry: Analysis) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import traceback
 from typing import Annotated
@@ -73,14 +74,22 @@ def run() -> int:
         return _told("interrupted: what was committed is safe", code) if code == 130 else code
     except MoescopeError as error:
         return _told(str(error), error.exit_code)
+    except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            return _told(f"a name is too long for a file: {str(error.filename)[:60]}…. What to do: check the path.", 2)
+        return _last_resort(error)
     except Exception as error:  # noqa: BLE001  the last resort: a bug is told as one line, with the way to its traceback
-        if type(error).__module__.partition(".")[0] in ("duckdb", "_duckdb"):
-            from moescope.store.opening import is_damage
-
-            if is_damage(error):  # type: ignore[arg-type]  # of DuckDB's own errors
-                return _told(f"the store is damaged: {error}. What to do: restore it from a copy.", 2)
-        return _told(f"internal error: {type(error).__name__}: {error}. Run `moescope --debug …` for the traceback.", 4)
+        return _last_resort(error)
     return 0
+
+
+def _last_resort(error: Exception) -> int:
+    if type(error).__module__.partition(".")[0] in ("duckdb", "_duckdb"):
+        from moescope.store.opening import is_damage
+
+        if is_damage(error):  # type: ignore[arg-type]  # of DuckDB's own errors
+            return _told(f"the store is damaged: {error}. What to do: restore it from a copy.", 2)
+    return _told(f"internal error: {type(error).__name__}: {error}. Run `moescope --debug …` for the traceback.", 4)
 
 
 def _told(message: str, code: int) -> int:
@@ -89,7 +98,10 @@ def _told(message: str, code: int) -> int:
     if os.environ.get("MOESCOPE_DEBUG"):
         traceback.print_exc()
     Console(stderr=True).print(
-        f"[bold red]error:[/] {_plain(message)}" if code != 130 else _plain(message), highlight=False, soft_wrap=True
+        f"[bold red]error:[/] {_plain(message)}" if code != 130 else _plain(message),
+        highlight=False,
+        soft_wrap=True,
+        emoji=False,
     )
     return code
 

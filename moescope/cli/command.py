@@ -17,7 +17,8 @@ _PANEL = "Options of every command"
 _Config = Annotated[
     Path | None,
     typer.Option(
-        help="Read flags from this YAML file, names as keys; the command line wins, and --no-FLAG takes a switch back.",
+        help="Read flags from this YAML file, names as keys; the command line wins, --no-FLAG takes a switch back, and "
+        "relative paths count from the current folder.",
         show_default=False,
         rich_help_panel=_PANEL,
     ),
@@ -49,6 +50,7 @@ class ConfiguredCommand(TyperCommand):
 
     def _configured(self, ctx: Any, args: list[str]) -> list[str]:
         flags = flags_of(_plain(self.callback))
+        _refuse_second_file(args)
         args, taken_back = _without_taken_back(args, flags)
         typed: dict[str, Any] = self.make_parser(ctx).parse_args(list(args))[0]
         path = typed.get("config")
@@ -81,12 +83,32 @@ def _places(flags: Sequence[Flag], typed: dict[str, Any], found: dict[str, Any],
 
 
 def _without_taken_back(args: Sequence[str], flags: Sequence[Flag]) -> tuple[list[str], set[str]]:
-    """Arguments without `--no-FLAG` of switches that have no such spelling of their own, and the names of these."""
-    switches = {f"--no-{flag.name}": flag.name for flag in flags if flag.kind is bool and "/" not in flag.spellings[0]}
-    switches = {spelt: name for spelt, name in switches.items() if all(spelt not in flag.spellings for flag in flags)}
+    """Arguments without `--no-FLAG` of switches that have no such spelling of their own, and the names of these.
+
+    Of `--FLAG` and `--no-FLAG` the last one typed holds.
+    """
+    switches = {f"--no-{flag.name}": flag for flag in flags if flag.kind is bool and "/" not in flag.spellings[0]}
+    switches = {spelt: flag for spelt, flag in switches.items() if all(spelt not in other.spellings for other in flags)}
     end = list(args).index("--") if "--" in args else len(args)
-    back = {switches[word] for word in args[:end] if word in switches}
-    return [word for place, word in enumerate(args) if place >= end or word not in switches], back
+    kept, back = list(args[:end]), set[str]()
+    for spelt, flag in switches.items():
+        if spelt not in kept:
+            continue
+        said = [word for word in kept if word == spelt or word in flag.spellings]
+        gone = {spelt, *flag.spellings} if said[-1] == spelt else {spelt}
+        kept = [word for word in kept if word not in gone]
+        if said[-1] == spelt:
+            back.add(flag.name)
+    return [*kept, *args[end:]], back
+
+
+def _refuse_second_file(args: Sequence[str]) -> None:
+    """The file would be passed over without a word."""
+    end = list(args).index("--") if "--" in args else len(args)
+    if sum(word == "--config" or word.startswith("--config=") for word in args[:end]) > 1:
+        from moescope.core.errors import InputError
+
+        raise InputError("--config is given twice", expected="one file", fix="put the flags of both into one")
 
 
 def command(app: typer.Typer, function: Callable[..., Any], name: str | None = None, **options: Any) -> None:
@@ -102,8 +124,9 @@ def _configurable(function: Callable[..., Any]) -> Callable[..., Any]:
         if not show_config:
             return function(**given)
         from moescope.cli.config import as_yaml
+        from moescope.cli.output import said
 
-        typer.echo(as_yaml(words_of(ctx), flags_of(function), given), nl=False)
+        said(as_yaml(words_of(ctx), flags_of(function), given), nl=False)
         return None
 
     own = inspect.signature(function, eval_str=True)

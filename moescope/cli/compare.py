@@ -13,13 +13,16 @@ import typer
 from moescope.cli.completion import run_names
 from moescope.cli.flags import Json
 from moescope.cli.output import as_json, news, printable, table
-from moescope.cli.report import Thresholds, tell_verdicts, told_report
+from moescope.cli.report import Thresholds, tell_unfinished, tell_verdicts, told_report
 from moescope.cli.stages import stages
 from moescope.core.errors import InputError
 
 if TYPE_CHECKING:
     from moescope.report.document import Block, Grid
     from moescope.store.run import Run
+
+_BEYOND, _CONTROLS, _UNIT = 6, 7, 8
+"""Places of columns in the table of measures: some columns are called as the runs are."""
 
 
 def compare(
@@ -65,6 +68,7 @@ def compare(
 
 def _told(runs: Sequence[Run], thresholds: Path | None, *, json: bool) -> int:
     from moescope.report.configuration import changed_settings
+    from moescope.report.leaderboard import labels_of
     from moescope.report.thresholds.judging import exit_code, judge
     from moescope.report.thresholds.rules import read_rules
 
@@ -75,7 +79,7 @@ def _told(runs: Sequence[Run], thresholds: Path | None, *, json: bool) -> int:
         verdicts = () if rules is None else judge(rules, runs)
     if json:
         as_json(
-            {"runs": [run.name for run in runs], "configuration": _as_data(changed), **data}
+            {"runs": labels_of(runs), "configuration": _as_data(changed), **data}
             | ({} if rules is None else {"thresholds": [one.data() for one in verdicts]})
         )
     else:
@@ -83,10 +87,8 @@ def _told(runs: Sequence[Run], thresholds: Path | None, *, json: bool) -> int:
             _print(block)
         if rules is not None:
             tell_verdicts(verdicts)
-    unfinished = [run.name for run in runs if not run.complete]
-    if unfinished:
-        news(f"not complete: {', '.join(unfinished)}; numbers rest on what was recorded")
-    return exit_code(verdicts) or (3 if unfinished else 0)
+    unfinished = tell_unfinished(runs, verdicts)
+    return exit_code(verdicts) or unfinished
 
 
 def _measures(runs: Sequence[Run]) -> tuple[list[Block], dict[str, Any]]:
@@ -104,11 +106,12 @@ def _measures(runs: Sequence[Run]) -> tuple[list[Block], dict[str, Any]]:
     return measures_blocks(runs[0], runs[1], answer), {"measures": answer.as_json()}
 
 
-def _as_data(blocks: Sequence[Block]) -> list[dict[str, str]]:
+def _as_data(blocks: Sequence[Block]) -> list[dict[str, Any]]:
+    """A setting and its values, one a run, in the order of the runs."""
     from moescope.report.document import Grid
 
     grids = [block for block in blocks if isinstance(block, Grid)]
-    return [dict(zip(grid.columns, (cell.text for cell in row), strict=True)) for grid in grids for row in grid.rows]
+    return [{"setting": row[0].text, "values": [cell.text for cell in row[1:]]} for grid in grids for row in grid.rows]
 
 
 def _print(block: Block) -> None:
@@ -124,17 +127,14 @@ def _print(block: Block) -> None:
 
 
 def _narrow(grid: Grid) -> tuple[Sequence[str], list[list[str]]]:
-    """A table as a terminal shows it: the unit beside the measure, verdicts as their mark, no empty column."""
+    """A table as a terminal shows it: of measures the unit beside the name, verdicts as their mark, controls below."""
     columns, rows = list(grid.columns), [[cell.text for cell in row] for row in grid.rows]
-    if "beyond" in columns:
-        beyond, unit = columns.index("beyond"), columns.index("unit")
-        for row in rows:
-            row[0], row[beyond] = f"{row[0]}, {row[unit]}", row[beyond].partition(" ")[0]
-        columns[beyond] = ""
-    kept = [n for n, name in enumerate(columns) if name not in ("unit", "controls")]
-    controlled = [row for row in rows if "controls" in columns and row[columns.index("controls")] != "—"]
-    for row in controlled:
-        news(f"{row[0]}: controls {row[columns.index('controls')]}")
-    if "" in columns:
-        news("● the interval leaves 0 out, ○ it holds 0")
-    return [columns[n] for n in kept], [[row[n] for n in kept] for row in rows]
+    if grid.kind != "measures":
+        return columns, rows
+    for row in rows:
+        if row[_CONTROLS] != "—":
+            news(f"{row[0]}: controls {row[_CONTROLS]}")
+        row[0], row[_BEYOND] = f"{row[0]}, {row[_UNIT]}", row[_BEYOND].partition(" ")[0]
+    columns[_BEYOND] = ""
+    news("● the interval leaves 0 out, ○ it holds 0 or the change is rounding")
+    return columns[:_CONTROLS], [row[:_CONTROLS] for row in rows]

@@ -1,7 +1,8 @@
 """What Tab offers: run names, analyses, parameters, probes, edits and tables, without loading what they stand for.
 
 Names in code are read from its text, because importing the analyses takes longer than a person waits for Tab. A store is
-opened for reading alone, and one that is missing, locked or damaged offers nothing.
+opened for reading alone, and one that is missing, locked or damaged offers nothing. Names that a shell would not take as
+they stand are left out.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ _PROBE = re.compile(r"^@probe\(\s*name=\"(\w+)\".*?\"\"\"(.*?)(?:\n|\"\"\")", re
 _EDIT = re.compile(r"^@edit\(\"(\w+)\"\).*?\"\"\"(.*?)(?:\n|\"\"\")", re.S | re.M)
 _TABLE = re.compile(r"^    Table\(\s*\"(\w+)\",\s*\"(.*?)\"", re.M)
 _PARAMETER = re.compile(r"(\w+)\s*:")
+_PLAIN = re.compile(r"[\w@%+=:,./-]+")  # what a shell takes as it stands
+_STEERS = re.compile(r"[^\w ,.:/-]")
 
 Offers = list[tuple[str, str]]
 
@@ -100,9 +103,22 @@ def _from_store(ctx: typer.Context, incomplete: str, query: str) -> Offers:
         return []
     import duckdb
 
+    from moescope.core.errors import StoreError
+    from moescope.store.opening import open_connection
+
     try:
-        with duckdb.connect(str(path), read_only=True) as store:
-            rows = store.execute(query).fetchall()
-    except duckdb.Error:
+        store = open_connection(path, read_only=True)  # locked down: its views read no other file
+    except StoreError:
         return []  # locked by who writes, damaged, or no store: Tab says nothing
-    return [(str(name), str(said)) for name, said in rows if str(name).startswith(incomplete)]
+    try:
+        rows = [(str(name), str(said)) for name, said in store.execute(query).fetchall()]
+    except duckdb.Error:
+        return []
+    finally:
+        store.close()
+    # The shell puts what is chosen into the command line, where text of a stranger must not run.
+    return [
+        (name, _STEERS.sub("", said))
+        for name, said in rows
+        if _PLAIN.fullmatch(name) and not name.startswith("-") and name.startswith(incomplete)
+    ]

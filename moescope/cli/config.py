@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,16 +14,26 @@ if TYPE_CHECKING:
     from moescope.cli.parser import Flag
 
 _LARGEST = 1_000_000  # bytes; a file of options is a page, and a longer one is another file
+_SHOWN = 60  # characters of a wrong value
+_BITS = 64  # of a whole number
 _WORDS = {int: "a whole number", float: "a number", bool: "true or false"}
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A key of the file, its value, and the line it stands on."""
+    """A key of the file, its value, and the line it stands on.
+
+    Args:
+        key: as it is written.
+        value: a plain value, a list of them, or the entries of a section.
+        line: from 1.
+        raw: the value's text as it is written, or a list of these; None of a section.
+    """
 
     key: str
     value: Any
     line: int
+    raw: Any = None
 
 
 def read_config(path: Path, command: str, known: Mapping[str, Sequence[Flag]]) -> dict[str, Any]:
@@ -42,14 +52,26 @@ def read_config(path: Path, command: str, known: Mapping[str, Sequence[Flag]]) -
         InputError: no file, no YAML, an unknown key, or a value that the flag does not take.
     """
     entries = _entries(path)
+    plain = {flag.name.replace("-", "_") for flags in known.values() for flag in flags}
+    entries = [entry for entry in entries if not (entry.key in known and _empty(entry, plain))]
     sections = {entry.key: entry for entry in entries if isinstance(entry.value, list) and _nested(entry.value)}
     for name, section in sections.items():
-        if name not in known:
+        if name in known:
+            _taken(path, section.value, known[name], others=())  # a wrong key in any of them is told at once
+        elif name.replace("-", "_") in plain:
+            first = section.value[0]
+            raise _wrong(path, section, f"a value, or a list such as [{first.key}={first.raw}]")
+        else:
             raise _unknown(path, section, known, "command")
     shared = [entry for entry in entries if entry.key not in sections]
     found = _taken(path, shared, known[command], others=[known[name] for name in sections])
     own = sections.get(command)
     return found | (_taken(path, own.value, known[command], others=()) if own is not None else {})
+
+
+def _empty(entry: Entry, flags: Iterable[str]) -> bool:
+    """Whether it is a section that says nothing; a command may have the name of a flag, which may be an empty list."""
+    return entry.value is None or (entry.value == [] and (entry.raw is None or entry.key not in flags))
 
 
 def _taken(
@@ -87,13 +109,17 @@ def _value(path: Path, entry: Entry, flag: Flag) -> Any:
         )
     if flag.values > 1 and len(given) != flag.values:
         raise _wrong(path, entry, f"a list of {flag.values}")
-    read = [_one(path, entry, flag, value) for value in given]
+    raws = entry.raw if isinstance(entry.value, list) else [entry.raw]
+    read = [
+        _one(path, replace(entry, value=value, raw=raw), flag, raw)  # messages show the part that is wrong
+        for value, raw in zip(given, raws, strict=True)
+    ]
     return read if several else read[0]
 
 
-def _one(path: Path, entry: Entry, flag: Flag, value: Any) -> Any:
-    """One value as the flag's type; text is never read as a number of another kind, nor a number as a switch."""
-    switch = isinstance(value, bool)
+def _one(path: Path, entry: Entry, flag: Flag, raw: str) -> Any:
+    """One value as the flag's type; text stays as it is written, 007 and 1.10 too, and no number is a switch."""
+    value, switch = entry.value, isinstance(entry.value, bool)
     if flag.kind is bool or switch or value is None or isinstance(value, list):
         if flag.kind is bool and switch:
             return value
@@ -101,17 +127,18 @@ def _one(path: Path, entry: Entry, flag: Flag, value: Any) -> Any:
     if flag.kind in (int, float):
         try:
             number = flag.kind(value) if flag.kind is float or isinstance(value, int) else None
-        except ValueError:
+        except (ValueError, OverflowError):
+            number = None
+        if isinstance(number, int) and number.bit_length() >= _BITS:
             number = None
         if number is None or (flag.least is not None and number < flag.least):
             raise _wrong(path, entry, _word(flag))
         if flag.most is not None and number > flag.most:
             raise _wrong(path, entry, _word(flag))
         return number
-    text = str(value)
-    if flag.choices and text not in flag.choices:
+    if flag.choices and raw not in flag.choices:
         raise _wrong(path, entry, ", ".join(flag.choices))
-    return text
+    return raw
 
 
 def _word(flag: Flag) -> str:
@@ -122,13 +149,16 @@ def _word(flag: Flag) -> str:
 
 
 def _wrong(path: Path, entry: Entry, expected: str) -> InputError:
-    return InputError(f"{path}, line {entry.line}: {entry.key} cannot be {_shown(entry.value)}", expected=expected)
+    return InputError(f"{path}, line {entry.line}: {entry.key} cannot be {_shown(entry)}", expected=expected)
 
 
-def _shown(value: Any) -> str:
+def _shown(entry: Entry) -> str:
+    value = entry.value
     if isinstance(value, list):
         return "a section" if _nested(value) else "a list"
-    return repr(value) if not isinstance(value, bool) else str(value).lower()
+    written = repr(value) if isinstance(value, str) else str(entry.raw)  # text is marked as text
+    shown = str(value).lower() if isinstance(value, bool) else written
+    return shown if len(shown) <= _SHOWN else f"{shown[:_SHOWN]}…"
 
 
 def _nested(value: list[Any]) -> bool:
@@ -178,7 +208,9 @@ def _mapped(path: Path, node: Any, *, depth: int) -> Iterator[Entry]:
                 raise InputError(f"{path}, line {at}: {key} cannot be a section", expected="a flag and its value")
             yield Entry(key, list(_mapped(path, value_node, depth=1)), at)
             continue
-        yield Entry(key, _plain(path, value_node), at)
+        value = _plain(path, value_node)
+        raw = [part.value for part in value_node.value] if isinstance(value, list) else value_node.value
+        yield Entry(key, value, at, raw)
 
 
 def _plain(path: Path, node: Any) -> Any:
@@ -190,7 +222,10 @@ def _plain(path: Path, node: Any) -> Any:
                 f"{path}, line {node.start_mark.line + 1}: a list holds plain values", expected="such as [a, b]"
             )
         return [_plain(path, part) for part in node.value]
-    value = yaml.SafeLoader("").construct_object(node)
+    try:
+        value = yaml.SafeLoader("").construct_object(node)
+    except (ValueError, KeyError, IndexError, AttributeError, OverflowError):
+        value = str(node.value)  # !!int x, or the 30th of February
     return value if isinstance(value, (str, int, float)) or value is None else str(node.value)  # dates stay text
 
 
@@ -198,13 +233,14 @@ def as_yaml(command: str, flags: Sequence[Flag], values: Mapping[str, Any]) -> s
     """Options in force, as a file that `--config` reads; what is not set, and what is secret, is left out."""
     import yaml
 
-    shown = {flag.name: _written(values[flag.variable]) for flag in flags if not flag.secret}
-    kept = {name: value for name, value in shown.items() if value is not None}
+    shown = [(flag, _written(values[flag.variable])) for flag in flags if not flag.secret]
+    # An empty list is written where several are the default, or it would come back as these.
+    kept = {flag.name: value for flag, value in shown if value is not None and (value != [] or flag.default)}
     written: str = yaml.safe_dump(kept, sort_keys=False, allow_unicode=True, width=1000)
     return f"# moescope {command}\n{written}"
 
 
 def _written(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
-        return [_written(part) for part in value] or None
+        return [_written(part) for part in value]
     return str(value) if isinstance(value, Path) else value

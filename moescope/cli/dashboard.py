@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from moescope.cli.flags import Json, Store
-from moescope.cli.output import as_json, news
+from moescope.cli.output import as_json, news, said
 from moescope.core.errors import InputError
 
 _LOCAL = "127.0.0.1"
@@ -64,7 +64,7 @@ def dashboard(
         ) from missing
 
     def tell(url: str, _server: object) -> None:
-        as_json({"url": url}) if json else typer.echo(url)
+        as_json({"url": url}) if json else said(url)
         news(f"the dashboard of {store} is open at {url.split('?', maxsplit=1)[0]}; Ctrl-C stops it")
         if host != _LOCAL:
             news("whoever has the address above, with its token, can use it; nothing on the way is encrypted")

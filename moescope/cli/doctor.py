@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from moescope.cli.flags import OUTPUT, Device
-from moescope.cli.output import as_json, table
+from moescope.cli.output import as_json, said, table
 from moescope.core.errors import InputError, MoescopeError
 
 _TEXTS = ["The quick brown fox jumps over the lazy dog.", "def add(a, b):\n    return a + b\n"]
@@ -54,12 +54,14 @@ def doctor(
         _families(json=json, markdown=markdown)
         return
     checks: list[dict[str, Any]] = []
+    codes: list[int] = []
 
     def check(what: str, find: Callable[[], str]) -> bool:
         try:
             checks.append({"check": what, "ok": True, "found": find()})
         except MoescopeError as error:
             checks.append({"check": what, "ok": False, "found": str(error)})
+            codes.append(error.exit_code)
         return bool(checks[-1]["ok"])
 
     check("versions", _versions)
@@ -72,8 +74,8 @@ def doctor(
         as_json(checks)
     else:
         table(["", "check", "found"], [["✓" if c["ok"] else "✗", c["check"], c["found"]] for c in checks])
-    if not all(c["ok"] for c in checks):
-        raise typer.Exit(4)
+    if codes:
+        raise typer.Exit(codes[0])
 
 
 def _families(*, json: bool, markdown: bool) -> None:
@@ -87,7 +89,7 @@ def _families(*, json: bool, markdown: bool) -> None:
     if json:
         as_json([vars(s) for s in found])
     elif markdown:
-        typer.echo(as_markdown(found), nl=False)
+        said(as_markdown(found), nl=False)
     else:
         shown = range(len(COLUMNS)) if Console().width >= _WIDE else _NARROW
         table([COLUMNS[i] for i in shown], [[list(vars(s).values())[i] for i in shown] for s in found])
@@ -115,7 +117,7 @@ def _edits(model: str | None, device: str, *, json: bool, markdown: bool) -> Non
     if json:
         as_json({name: [vars(s) for s in supports.values()] for name, supports in found.items()})
     elif markdown:
-        typer.echo(as_markdown(found), nl=False)
+        said(as_markdown(found), nl=False)
     elif model is None:
         table(COLUMNS, refusal_rows(found))
     else:

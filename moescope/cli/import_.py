@@ -117,9 +117,9 @@ def read_layers(text: str) -> list[int]:
     """
     found: list[int] = []
     for part in text.replace(" ", "").split(","):
-        match = re.fullmatch(r"(\d{1,5})(?:-(\d{1,5}))?", part)
-        if match is None:
-            raise InputError(f"{text!r} names no layers", expected="numbers and ranges: 1-26, or 0,2,4")
+        match = re.fullmatch(r"([0-9]{1,5})(?:-([0-9]{1,5}))?", part)  # five digits, so that no range fills the memory
+        if match is None or int(match[2] or match[1]) < int(match[1]):
+            raise InputError(f"--layers cannot be {text!r}", expected="numbers and ranges: 1-26, or 0,2,4")
         found += range(int(match[1]), int(match[2] or match[1]) + 1)
     return found
 

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from moescope.cli.output import as_json
+from moescope.cli.output import as_json, said
 from moescope.cli.parser import Described, Flag, commands, groups
 from moescope.core.errors import InputError
 
@@ -26,7 +26,8 @@ _EXIT = (
 _EVERY = (
     (
         "--config FILE.yaml",
-        "Read flags from a YAML file, names as keys; the command line wins, and --no-FLAG takes a switch back.",
+        "Read flags from this YAML file, names as keys; the command line wins, --no-FLAG takes a switch back, and relative "
+        "paths count from the current folder.",
     ),
     ("--show-config", "Print the options in force as YAML, for --config, and stop."),
     ("--help", "Say what the command does and takes."),
@@ -34,7 +35,8 @@ _EVERY = (
 _CONFIG = """\
 Every command takes its flags from a file as well. Keys are the flags' names, with dashes or underscores; positional
 arguments go by their names; a flag that may be repeated takes a list, a switch `true` or `false`. What is typed wins over the
-file: a value replaces a value, a list a list, and `--no-FLAG` takes back a switch.
+file: a value replaces a value, a list a list, and `--no-FLAG` takes back a switch; of both spellings of a switch the last one
+counts. Text comes as it is written, `007` and `1.10` too. Relative paths count from the current folder, and there is one file.
 
 ```yaml
 # run.yaml
@@ -73,7 +75,8 @@ that no flag has is an error that names the nearest ones and the line.
 _COMPLETION = """\
 `moescope --install-completion` sets up completion for the shell in use (bash, zsh, fish, PowerShell), `--show-completion`
 prints it. Tab then offers commands and flags, and for values: runs and autoencoders of the store that is typed, analyses and
-their parameters, probes, edits and tables. A store is opened for reading alone; one that is in use or missing offers nothing.
+their parameters, probes, edits and tables. A store is opened for reading alone; one that is in use or missing offers nothing,
+and names that a shell would not take as they stand are left out.
 """
 _RULES = """\
 Flags are named as the parameters of the Python functions, and have their defaults. A flag in the singular that Python names in
@@ -98,7 +101,7 @@ def manual(
     if format == "json":
         as_json([_data(each) for each in _shown(app)])
     elif format in known:
-        typer.echo(known[format](app), nl=False)
+        said(known[format](app), nl=False)
     else:
         raise InputError(f"there is no format {format!r}", expected=", ".join((*known, "json")))
 

@@ -24,10 +24,15 @@ def _reader() -> Iterator[None]:
         raise typer.Exit(0) from None
 
 
+def said(text: str, *, nl: bool = True) -> None:
+    """Print text to stdout."""
+    with _reader():
+        typer.echo(text, nl=nl)
+
+
 def as_json(data: Any) -> None:
     """Print data as JSON to stdout."""
-    with _reader():
-        typer.echo(to_json(data, indent=1))
+    said(to_json(data, indent=1))
 
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:

@@ -26,7 +26,7 @@ from moescope.cli.flags import (
     TextField,
     Trust,
 )
-from moescope.cli.output import as_json, facts, news, printable, table
+from moescope.cli.output import as_json, facts, news, printable, said, table
 from moescope.cli.profile import check_report
 from moescope.core.errors import InputError
 
@@ -151,7 +151,7 @@ def _run(
 def _print(result: Result) -> None:
     """The finding, nodes and cuts as tables, and what a reader must know."""
     frame = result.df()
-    typer.echo(f"{printable(result.title)}\n{printable(result.subtitle())}\n")
+    said(f"{printable(result.title)}\n{printable(result.subtitle())}\n")
     nodes = frame[frame["cut"].isna()]
     table(
         ["node", "found", "number", "what"],
@@ -159,7 +159,7 @@ def _print(result: Result) -> None:
     )
     cuts = frame[frame["cut"].notna() & frame["layer"].isna()]
     if len(cuts):
-        typer.echo("")
+        said("")
         table(
             ["link cut", "measured", "value", "95 % interval", "random cuts", "their range"],
             [
@@ -174,7 +174,7 @@ def _print(result: Result) -> None:
                 for r in cuts.itertuples()
             ],
         )
-    typer.echo("")
+    said("")
     facts(result.facts())
 
 

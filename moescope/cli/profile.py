@@ -40,7 +40,7 @@ from moescope.cli.flags import (
     listed,
 )
 from moescope.cli.output import as_json, facts, news
-from moescope.cli.report import Thresholds, tell_verdicts
+from moescope.cli.report import Thresholds, tell_unfinished, tell_verdicts
 from moescope.cli.stages import stages
 from moescope.core.errors import InputError
 
@@ -264,13 +264,14 @@ def _tell(
         with stages("reporting") as tell:
             summary["report"] = str(write_report(run, report, thresholds=thresholds, tell=tell))
     summary["store"] = str(store)
-    code = 0
+    code = unfinished = 0
     if thresholds is not None:
         from moescope.report.thresholds.judging import exit_code, judge
         from moescope.report.thresholds.rules import read_rules
 
         verdicts = judge(read_rules(thresholds), [run])
         code = exit_code(verdicts)
+        unfinished = tell_unfinished([], verdicts)
         if json:
             summary["thresholds"] = [one.data() for one in verdicts]
         else:
@@ -278,7 +279,7 @@ def _tell(
     as_json(summary) if json else facts(summary)
     if not run.complete:
         _tell_gaps(run)
-    if code or not run.complete:
+    if code or unfinished or not run.complete:
         raise typer.Exit(code or 3)
 
 

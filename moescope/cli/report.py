@@ -110,13 +110,20 @@ def told_report(runs: Sequence[Run], target: Path | None, thresholds: Path | Non
         as_json(told | ({"thresholds": [one.data() for one in verdicts]} if thresholds else {}))
     else:
         if told:
-            facts({key: value for key, value in told.items() if not isinstance(value, (list, dict))})
+            counted = {name.replace("_", " "): len(told[name]) for name in ("sections", "findings", "left_out")}
+            facts({key: told[key] for key in ("report", "bytes", "kind")} | counted)
         if thresholds:
             tell_verdicts(verdicts)
-    unfinished = [run.name for run in runs if not run.complete]
-    if unfinished:
-        news(f"not complete: {', '.join(unfinished)}; numbers rest on what was recorded")
-    return exit_code(verdicts) or (3 if unfinished else 0)
+    unfinished = tell_unfinished(runs, verdicts)
+    return exit_code(verdicts) or unfinished
+
+
+def tell_unfinished(runs: Sequence[Run], verdicts: Sequence[Verdict]) -> int:
+    """Say which runs are not whole, baselines of rules among them; 3 where there is one, else 0."""
+    names = [run.name for run in runs if not run.complete] + [one.incomplete for one in verdicts if one.incomplete]
+    if names:
+        news(f"not complete: {', '.join(dict.fromkeys(names))}; numbers rest on what was recorded")
+    return 3 if names else 0
 
 
 def _written(runs: Sequence[Run], target: Path, thresholds: Path | None) -> tuple[dict[str, Any], tuple[Verdict, ...]]:
@@ -127,19 +134,8 @@ def _written(runs: Sequence[Run], target: Path, thresholds: Path | None) -> tupl
         notes = save(done, target, tell=tell)
     for note in notes:
         news(note)
-    known = done.document.facts
-    counts = {
-        "sections": len(known["sections"]),
-        "findings": len(known["findings"]),
-        "left out": len(known["left_out"]),
-    }
-    told = {
-        "report": str(target),
-        "bytes": target.stat().st_size,
-        "kind": known["kind"],
-        **{f"{name} (number)": number for name, number in counts.items()},
-    }
-    return told | known, done.verdicts
+    told = {"report": str(target), "bytes": target.stat().st_size, **done.document.facts}
+    return told, done.verdicts
 
 
 def tell_verdicts(verdicts: Sequence[Verdict]) -> None:

@@ -14,7 +14,8 @@ def stages(doing: str) -> Iterator[Callable[[str], None]]:
         doing: the work as a whole: `importing`.
     """
     from rich.console import Console
-    from rich.markup import escape
+    from rich.text import Text
 
-    with Console(stderr=True).status(f"{escape(doing)} …") as status:
-        yield lambda stage: status.update(f"{escape(doing)}: {escape(stage)} …")
+    # Text, because a plain str may hold rich's markup or the code of an emoji
+    with Console(stderr=True).status(Text(f"{doing} …")) as status:
+        yield lambda stage: status.update(Text(f"{doing}: {stage} …"))

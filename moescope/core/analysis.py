@@ -205,7 +205,7 @@ def _how_to_get(missing: Sequence[str]) -> str:
     if "effects" in missing:
         return "measure an intervention against it: moescope intervene effect, or ms.effect"
     if set(missing) <= {"heads", "head_sequences"}:
-        return "run the protocols (moescope phenomena MODEL), or record with the probe: attention"
+        return "run the protocol that writes it (moescope phenomena MODEL, ms.phenomena), or record with the probe: attention"
     if verbs := [verb for table, verb in _SAE_VERBS.items() if table in missing]:
         return f"measure it: moescope sae {verbs[0]}"
     probes = sorted({PROBE_OF_TABLE.get(table, table) for table in missing})

@@ -11,6 +11,7 @@ from moescope.core.errors import InputError
 from moescope.core.html import cell
 from moescope.core.result import Result
 from moescope.report.document import Answer, Block, Cell, Grid, Heading, Paragraph
+from moescope.report.leaderboard import labels_of
 from moescope.report.summary import at_the_median, span
 from moescope.report.table_rows import key_columns, same_row, where_words
 from moescope.routing.comparison.compare_measures import moved
@@ -51,8 +52,7 @@ def measures_blocks(run: Run, other: Run, measures: Result | None) -> list[Block
     controls = _controls(run, other)
     columns = (
         "measure",
-        run.name,
-        other.name,
+        *labels_of([run, other]),
         "difference",
         "95 % interval",
         "% of first",
@@ -62,7 +62,7 @@ def measures_blocks(run: Run, other: Run, measures: Result | None) -> list[Block
     )
     rows = [_measure(row, units, controls) for row in measures.table.to_pylist()]
     blocks += [
-        Grid(columns, rows, frozenset((1, 2, 3, 4, 5)), sortable=True),
+        Grid(columns, rows, frozenset((1, 2, 3, 4, 5)), sortable=True, kind="measures"),
         Paragraph(f"Interval: {measures.interval}. {' '.join(measures.notes)}", "muted"),
     ]
     told = (
@@ -78,11 +78,9 @@ def measures_blocks(run: Run, other: Run, measures: Result | None) -> list[Block
 def _measure(row: dict[str, Any], units: dict[str, str], controls: dict[str, str]) -> list[Cell]:
     low, high = row["ci_low"], row["ci_high"]
     judged = low is not None and low == low  # noqa: PLR0124  a NaN differs from itself
-    apart = (
-        judged
-        and bool(moved(row["value"], math.nan if row["relative"] is None else row["relative"]))
-        and not low <= 0 <= high
-    )
+    apart = judged and not low <= 0 <= high
+    more = bool(moved(row["value"], math.nan if row["relative"] is None else row["relative"]))
+    verdict = "● interval leaves 0 out" if apart and more else "○ rounding only" if apart else "○ interval holds 0"
     relative = row["relative"]
     percent = None if relative is None or relative != relative else 100 * relative  # noqa: PLR0124  as above
     return [
@@ -92,7 +90,7 @@ def _measure(row: dict[str, Any], units: dict[str, str], controls: dict[str, str
         Cell(cell(row["value"]), row["value"]),
         Cell(span(low, high)),
         Cell(cell(percent), percent),
-        Cell("● interval leaves 0 out" if apart else "○ interval holds 0" if judged else _NONE),
+        Cell(verdict if judged else _NONE),
         Cell(controls.get(row["metric"], _NONE)),
         Cell(units.get(row["metric"], "")),
     ]
@@ -165,7 +163,7 @@ def findings_blocks(runs: Sequence[Run], answers: Sequence[dict[str, Result]]) -
     found = in_order([finding(result) for name, result in answers[0].items() if name in answers[1]])
     rows = []
     for one in found:
-        middle = _row_at_the_median(one)
+        middle = at_the_median(one)
         if middle is None:
             continue
         keys = key_columns(one.result.table)
@@ -187,7 +185,7 @@ def findings_blocks(runs: Sequence[Run], answers: Sequence[dict[str, Result]]) -
         )
     if not rows:
         return []
-    first, second = (run.name for run in runs)
+    first, second = labels_of(runs)
     columns = (
         "analysis",
         "number",
@@ -209,16 +207,6 @@ def findings_blocks(runs: Sequence[Run], answers: Sequence[dict[str, Result]]) -
         ),
         Grid(columns, rows, frozenset((2, 3, 4, 5, 6, 7)), sortable=True),
     ]  # fmt: skip
-
-
-def _row_at_the_median(one: Any) -> dict[str, Any] | None:
-    middle = at_the_median(one)
-    if middle is None:
-        return None
-    for row in one.result.table.to_pylist():
-        if all(row[name] == value for name, value in middle.items()):
-            return dict(row)
-    return None
 
 
 def asked(analysis: Any, runs: Sequence[Run]) -> Result | str:

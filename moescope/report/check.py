@@ -9,15 +9,16 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from difflib import SequenceMatcher
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
+from urllib.parse import quote
 
 from moescope.core.errors import InputError, StoreError
 from moescope.core.versions import VERSION
-from moescope.report.compose import FORMAT, compose
+from moescope.report.compose import FORMAT, Part, compose
 from moescope.report.document import Document
 from moescope.report.html_page import html_page
 from moescope.report.markdown_page import markdown_page
-from moescope.report.read_back import Piece, manifest_of, pieces_of
+from moescope.report.read_back import UNSEEN, Piece, manifest_of, pieces_of
 from moescope.report.thresholds.rules import Rules
 from moescope.store.run import Run
 from moescope.store.store import Store
@@ -76,19 +77,27 @@ def check_report(path: Path, *, store: Path | None = None, tell: Callable[[str],
             expected=f"format {FORMAT}",
             found=f"format {manifest['format']}, by moescope {manifest.get('moescope')}",
         )
+    try:
+        return _checked(manifest, path, store, tell)
+    except (KeyError, TypeError, AttributeError) as broken:
+        raise InputError(f"{path} has provenance that cannot be read", found=str(broken)) from broken
+
+
+def _checked(
+    manifest: Mapping[str, Any], path: Path, store: Path | None, tell: Callable[[str], None] | None
+) -> Checked:
+    if manifest["part"] not in get_args(Part):
+        raise InputError(f"{path} has provenance that cannot be read", found=f"part {manifest['part']!r}")
     with ExitStack() as stack:
         runs = _runs(manifest, path, store, stack)
         rules = Rules.from_data(manifest["thresholds"]) if manifest.get("thresholds") else None
-        try:
-            stores = {entry["run_id"]: entry["named"] for entry in manifest["runs"]}
-            document = compose(runs, part=manifest["part"], rules=rules, stores=stores, tell=tell).document
-            again = _written(document, manifest, path)
-        except (KeyError, TypeError) as broken:
-            raise InputError(f"{path} has provenance that cannot be read", found=str(broken)) from broken
+        stores = {entry["run_id"]: entry["named"] for entry in manifest["runs"]}
+        document = compose(runs, part=manifest["part"], rules=rules, stores=stores, tell=tell).document
+        again = _written(document, manifest, path)
     markdown = path.suffix == ".md"
     mine, theirs = (pieces_of(text, markdown=markdown) for text in (path.read_text(encoding="utf-8"), again))
     differences = [*_provenance(manifest, document.manifest), *_compared(mine, theirs), *_images(manifest, path)]
-    numbers = sum(_count(piece.text) for piece in mine)
+    numbers = sum(_count(piece.text) for piece in mine if piece.place not in UNSEEN)
     return Checked(path, len(mine), numbers, tuple(differences), tuple(_notes(manifest, path)))
 
 
@@ -97,20 +106,16 @@ def _runs(manifest: Mapping[str, Any], path: Path, given: Path | None, stack: Ex
     opened: dict[Path, Store] = {}
     runs = []
     for entry in manifest["runs"]:
-        place = given or _where(Path(entry["store"]), path)
-        if place not in opened:
-            try:
-                opened[place] = stack.enter_context(Store(place, read_only=True))
-            except StoreError as gone:
-                raise InputError(
-                    f"the store of this report cannot be opened: {gone.problem}",
-                    found=str(place),
-                    fix="name it, where it has moved: moescope report STORE --check FILE",
-                ) from gone
-        store = opened[place]
-        found = next((run for run in store.runs() if run.run_id == entry["run_id"]), None)
+        own = _where(Path(entry["store"]), path)
+        place = own if given is None else given
+        known = _opened(place, opened, stack).runs()
+        found = next((run for run in known if run.run_id == entry["run_id"]), None)
+        if found is None and given is not None and own.exists():
+            # Of a report over several stores, one may have moved and another not.
+            others = _opened(own, opened, stack).runs()
+            found = next((run for run in others if run.run_id == entry["run_id"]), None)
         if found is None:
-            same = any(run.name == entry["name"] for run in store.runs())
+            same = any(run.name == entry["name"] for run in known)
             raise InputError(
                 f"run {entry['name']!r} of this report is gone from {place}",
                 expected=f"run_id {entry['run_id']}",
@@ -119,6 +124,21 @@ def _runs(manifest: Mapping[str, Any], path: Path, given: Path | None, stack: Ex
             )
         runs.append(found)
     return runs
+
+
+def _opened(place: Path, opened: dict[Path, Store], stack: ExitStack) -> Store:
+    """A store of the report, opened once."""
+    key = place.resolve()
+    if key not in opened:
+        try:
+            opened[key] = stack.enter_context(Store(place, read_only=True))
+        except StoreError as gone:
+            raise InputError(
+                f"the store of this report cannot be opened: {gone.problem}",
+                found=str(place),
+                fix="name it, where it has moved: moescope report STORE --check FILE",
+            ) from gone
+    return opened[key]
 
 
 def _where(store: Path, report: Path) -> Path:
@@ -130,7 +150,7 @@ def _where(store: Path, report: Path) -> Path:
 def _written(document: Document, manifest: Mapping[str, Any], path: Path) -> str:
     if path.suffix != ".md":
         return html_page(document)
-    folder = f"{path.stem}_files"
+    folder = quote(f"{path.stem}_files")
     return markdown_page(document, {anchor: f"{folder}/{anchor}.png" for anchor in manifest.get("images", {})})
 
 
@@ -187,6 +207,10 @@ def _leaves(mine: Any, theirs: Any, where: str) -> Iterator[tuple[str, str, str]
 
 def _provenance(mine: Mapping[str, Any], theirs: Mapping[str, Any]) -> Iterator[Difference]:
     """What the report says of where its results come from, against what they do come from."""
+    for number, (a, b) in enumerate(zip(mine["runs"], theirs["runs"], strict=True), 1):
+        for key in ("name", "status"):
+            if a[key] != b[key]:
+                yield Difference("", f"provenance, {key} of run {number}", str(a[key]), str(b[key]))
     told = [
         [json.dumps(entry, sort_keys=True, default=str) for entry in data.get("results", [])] for data in (mine, theirs)
     ]

@@ -16,7 +16,7 @@ def chosen_runs(path: Path, names: Sequence[str], stack: ExitStack) -> list[Run]
 
     Args:
         path: the store.
-        names: of runs; what is before the last colon is another store, unless the first store has a run of the whole name.
+        names: of runs; what is before a colon is another store, where it is a file, unless the first store has a run of the whole name.
         stack: closes the stores.
 
     Raises:
@@ -38,8 +38,11 @@ def chosen_runs(path: Path, names: Sequence[str], stack: ExitStack) -> list[Run]
 
 
 def _elsewhere(name: str, first: Store, opened: dict[Path, Store], stack: ExitStack) -> Run:
-    other, colon, run = name.rpartition(":")
-    if not colon or not other or not Path(other).exists():
+    # Both a path and a run's name may hold colons: the longest part that is a file is the store.
+    parts = name.split(":")
+    splits = ((":".join(parts[:at]), ":".join(parts[at:])) for at in range(len(parts) - 1, 0, -1))
+    other, run = next(((path, rest) for path, rest in splits if path and Path(path).is_file()), ("", ""))
+    if not other:
         return first.run(name)  # by its id, or told what there is
     place = Path(other).resolve()
     if place not in opened:

@@ -228,10 +228,8 @@ def _other_reports(runs: Sequence[Run], stores: Mapping[str, str]) -> list[tuple
     """Questions that another set of runs answers."""
     path = shlex.quote(stores[runs[0].run_id])
     if len(runs) == 1:
-        others = [run.name for run in runs[0].store.runs() if run.run_id != runs[0].run_id]
-        name = shlex.quote(others[0]) if others else "OTHER"
         mine = shlex.quote(runs[0].name)
-        return [("how this run differs from another", f"moescope report {path} {mine} {name}")]
+        return [("how this run differs from another", f"moescope report {path} {mine} OTHER")]
     return [
         (f"everything known about {run.name}", f"moescope report {shlex.quote(stores[run.run_id])} {shlex.quote(run.name)}")
         for run in runs

@@ -8,6 +8,7 @@ from typing import Any
 
 from moescope.core.html import cell
 from moescope.report.document import Block, Cell, Grid, Heading, Paragraph, facts_grid
+from moescope.report.leaderboard import labels_of
 from moescope.routing.effects.stored_effects import subject
 from moescope.store.run import Run
 
@@ -89,7 +90,7 @@ def changed_settings(runs: list[Run]) -> list[Block]:
     heading = Heading("What changed in configuration", "configuration")
     if not rows:
         return [heading, Paragraph(f"Nothing: all {same} settings are the same.")]
-    grid = Grid(("setting", *(run.name for run in runs)), rows)
+    grid = Grid(("setting", *labels_of(runs)), rows)
     return [heading, grid, Paragraph(f"The other {same} settings are the same.", "muted")]
 
 

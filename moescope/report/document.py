@@ -37,14 +37,12 @@ class Cell:
         order: a number to sort by; None sorts by the text.
         to: anchor of the place it links to.
         strong: marked, in bold.
-        title: told when the pointer rests on it, and nowhere else.
     """
 
     text: str
     order: float | None = None
     to: str | None = None
     strong: bool = False
-    title: str = ""
 
 
 @dataclass(frozen=True)
@@ -56,6 +54,7 @@ class Grid:
         rows: cells, as many a row as columns.
         sortable: whether a click on a column's name sorts by it.
         headless: label and value a row, without a line of names.
+        kind: "measures" for the table of measures before and after, which a terminal shows narrower.
     """
 
     columns: Sequence[str]
@@ -63,13 +62,7 @@ class Grid:
     numeric: frozenset[int] = frozenset()
     sortable: bool = False
     headless: bool = False
-
-
-@dataclass(frozen=True)
-class Bullets:
-    """A list of label and text."""
-
-    items: Sequence[tuple[str, str]]
+    kind: Literal["", "measures"] = ""
 
 
 @dataclass(frozen=True)
@@ -86,7 +79,7 @@ class Answer:
         return self.title or self.result.name.replace("_", " ")
 
 
-Block = Heading | Paragraph | Grid | Bullets | Answer
+Block = Heading | Paragraph | Grid | Answer
 
 
 @dataclass(frozen=True)

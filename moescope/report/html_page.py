@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from moescope.core.html import cell
 from moescope.core.result import Result
 from moescope.core.text import escaped
-from moescope.report.document import Answer, Block, Bullets, Cell, Document, Grid, Heading, Paragraph
+from moescope.report.document import Answer, Block, Cell, Document, Grid, Heading, Paragraph
 from moescope.report.figure_data import embedded, figure_json, figure_library, templates
 from moescope.report.page_style import SCRIPT, STYLE, THEME_SCRIPT
 
@@ -60,8 +60,6 @@ def _block(block: Block) -> str:
     if isinstance(block, Paragraph):
         kind = "" if block.tone == "plain" else f" class='{block.tone}'"
         return f"<p{kind}>{escaped(block.text)}</p>"
-    if isinstance(block, Bullets):
-        return "<ul>" + "".join(f"<li><b>{escaped(k)}</b>: {escaped(v)}</li>" for k, v in block.items) + "</ul>"
     return _grid(block) if isinstance(block, Grid) else _answer(block)
 
 

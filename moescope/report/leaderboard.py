@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -83,12 +85,21 @@ def _entry(run: Run, metric: str, part: pd.DataFrame, documents: dict[int, int])
 
 
 def labels_of(runs: Sequence[Run]) -> list[str]:
-    """A name for each run that no other has: with its store where two stores have a run of one name."""
-    names = [run.name for run in runs]
-    return [
-        name if names.count(name) == 1 else f"{name} ({run.store.path.name})"
-        for name, run in zip(names, runs, strict=True)
-    ]
+    """A name for each run that no other has.
+
+    Where two have one name, with the file of its store; where these are called alike too, with the folder; else numbered.
+    """
+    labels = [run.name for run in runs]
+    for parts in (1, 2):
+        labels = [
+            label if labels.count(label) == 1 else f"{run.name} ({'/'.join(run.store.path.resolve().parts[-parts:])})"
+            for label, run in zip(labels, runs, strict=True)
+        ]
+    found: list[str] = []
+    for run, label in zip(runs, labels, strict=True):
+        numbered = (f"{run.name} ({number})" for number in range(2, len(runs) + 2))
+        found.append(label if label not in found else next(one for one in numbered if one not in found))
+    return found
 
 
 def leaderboard_blocks(runs: Sequence[Run]) -> tuple[list[Block], list[dict[str, Any]]]:
@@ -112,7 +123,7 @@ def leaderboard_blocks(runs: Sequence[Run]) -> tuple[list[Block], list[dict[str,
         Grid(("run", "model", "tokens", *names), rows, numeric, sortable=True),
         Paragraph(
             "● best: its interval lies apart from that of every other run on the same texts; ≈ best so far: the best number, but "
-            "intervals overlap, so no difference is claimed. Only runs on the same texts with as many tokens are ranked against "
+            "intervals overlap, so no difference is claimed. Only runs on the same texts, cut into the same tokens, are ranked against "
             "each other; a measure for which neither more nor less is better has no best, nor has one without an interval a mark "
             "of more than ≈. In brackets: 95 % percentile bootstrap over documents, "
             f"{_DRAWS} resamples. CV of expert load: standard deviation of the experts' tokens over their mean, a mean over layers; "
@@ -123,7 +134,7 @@ def leaderboard_blocks(runs: Sequence[Run]) -> tuple[list[Block], list[dict[str,
     if len(set(groups)) > 1:
         blocks.append(
             Paragraph(
-                "⚠ Not all runs are of the same texts with as many tokens: numbers across them are not comparable "
+                "⚠ Not all runs are of the same texts, cut into the same tokens: numbers across them are not comparable "
                 "(NLL is in nats per token, and tokenizers cut texts differently).",
                 "warning",
             )
@@ -143,8 +154,14 @@ def leaderboard_blocks(runs: Sequence[Run]) -> tuple[list[Block], list[dict[str,
     return blocks, data
 
 
-def _ground(run: Run) -> tuple[str, int]:
-    return str(run.info["corpus_fingerprint"]), _token_count(run)
+def _ground(run: Run) -> str:
+    """What a run's measures are of: its sequences as token ids, in order; of a run that does not tell them, itself alone."""
+    rows = run.store.fetch(
+        "SELECT content_hash, n_tokens FROM sequences WHERE run_id = ? ORDER BY sequence_id", [run.run_id]
+    )
+    if run.info["corpus_fingerprint"] is None or any(None in row for row in rows):
+        return run.run_id
+    return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
 
 
 def _token_count(run: Run) -> int:
@@ -155,19 +172,20 @@ def _tokens(run: Run) -> str:
     return f"{_token_count(run):,}"
 
 
-def _best(metric: str, board: list[dict[str, Entry]], groups: list[tuple[str, int]]) -> dict[int, str]:
+def _best(metric: str, board: list[dict[str, Entry]], groups: list[str]) -> dict[int, str]:
     """Which rows are marked, and how."""
     sign = {"less": 1, "more": -1, "neither": 0}[BETTER[metric]]
     if not sign:
         return {}
-    marks = {}
+    marks: dict[int, str] = {}
     for group in set(groups):
         members = [row for row, ground in zip(board, groups, strict=True) if ground == group and metric in row]
         if len(members) < 2:
             continue
         first = min(members, key=lambda row: sign * row[metric].value)
         others = [row[metric] for row in members if row is not first]
-        marks[id(first)] = "●" if all(_apart(first[metric], other) for other in others) else "≈"
+        mark = "●" if all(_apart(first[metric], other) for other in others) else "≈"
+        marks |= {id(row): mark for row in members if row[metric].value == first[metric].value}
     return marks
 
 

@@ -9,12 +9,14 @@ import os
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 from urllib.parse import quote
 
 from moescope.core.atomic import written_whole
 from moescope.core.errors import InputError
 from moescope.report.document import Answer, Document
 from moescope.report.markdown_page import markdown_page
+from moescope.report.read_back import manifest_of
 
 _WIDTH, _SCALE = 1000, 1.5
 
@@ -26,7 +28,7 @@ def save_markdown(document: Document, target: Path, *, tell: Callable[[str], Non
         What the reader must know: why there are no images.
     """
     folder = target.with_name(f"{target.stem}_files")
-    if folder.exists() and not _ours(folder):
+    if folder.exists() and not _ours(folder, target):
         raise InputError(
             f"cannot write {folder}",
             found="something that no report wrote",
@@ -54,9 +56,18 @@ def save_markdown(document: Document, target: Path, *, tell: Callable[[str], Non
     return notes
 
 
-def _ours(folder: Path) -> bool:
-    """Whether a folder holds nothing but images, as a report before may have left."""
-    return folder.is_dir() and all(entry.suffix == ".png" and entry.is_file() for entry in folder.iterdir())
+def _ours(folder: Path, report: Path) -> bool:
+    """Whether a folder holds nothing but images that the report before lists as its own."""
+    try:
+        images = manifest_of(report).get("images")
+    except InputError:  # none there, or a file of another kind
+        images = None
+    known = set(images) if isinstance(images, dict) else set()
+    return (
+        folder.is_dir()
+        and not folder.is_symlink()
+        and all(entry.suffix == ".png" and entry.is_file() and entry.stem in known for entry in folder.iterdir())
+    )
 
 
 def _in_place(made: Path, folder: Path, *, keep: bool) -> None:
@@ -70,18 +81,15 @@ def _in_place(made: Path, folder: Path, *, keep: bool) -> None:
 def _draw(answers: Sequence[Answer], folder: Path) -> None:
     """One image a figure, all by one browser."""
     try:
+        import kaleido
         import kaleido.errors
-        import plotly.io
     except ImportError as missing:
         raise InputError("they need kaleido", fix="pip install 'moescope[images]'") from missing
     logging.getLogger("choreographer").setLevel(logging.CRITICAL)
     try:
-        plotly.io.write_images(
-            fig=[answer.result.figure() for answer in answers],
-            file=[str(folder / f"{answer.anchor}.png") for answer in answers],
-            format="png",
-            width=_WIDTH,
-            scale=_SCALE,
+        kaleido.write_fig_from_object_sync(
+            [_picture(answer, folder / f"{answer.anchor}.png") for answer in answers],
+            kopts={"mathjax": False},  # its page would ask another host for it, and wait
         )
     except (RuntimeError, kaleido.errors.KaleidoError) as failure:
         raise InputError(
@@ -89,3 +97,11 @@ def _draw(answers: Sequence[Answer], folder: Path) -> None:
             found=str(failure).splitlines()[0][:160] if str(failure) else None,
             fix="install one (Debian: apt-get install chromium)",
         ) from failure
+
+
+def _picture(answer: Answer, path: Path) -> dict[str, Any]:
+    figure = answer.result.figure()
+    options = {"format": "png", "width": _WIDTH, "scale": _SCALE}
+    if figure.layout.height:
+        options["height"] = figure.layout.height
+    return {"fig": figure.to_dict(), "path": str(path), "opts": options}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from moescope.core.text import undirected
-from moescope.report.document import Answer, Block, Bullets, Document, Grid, Heading, Paragraph
+from moescope.report.document import Answer, Block, Document, Grid, Heading, Paragraph
 from moescope.report.figure_data import embedded
 from moescope.report.html_page import shown_rows
 
@@ -44,8 +44,6 @@ def _block(block: Block, images: Mapping[str, str]) -> str:
         return f"<a id='{block.anchor}'></a>\n\n{'#' * block.level} {plain(block.text)}"
     if isinstance(block, Paragraph):
         return f"**{plain(block.text)}**" if block.tone == "warning" else plain(block.text)
-    if isinstance(block, Bullets):
-        return "\n".join(f"- **{plain(label)}**: {plain(text)}" for label, text in block.items)
     return _grid(block) if isinstance(block, Grid) else _answer(block, images)
 
 

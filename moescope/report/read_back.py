@@ -13,6 +13,8 @@ from moescope.core.errors import InputError
 from moescope.report.html_page import MANIFEST
 from moescope.report.markdown_page import MANIFEST_BEGINS, MANIFEST_ENDS
 
+UNSEEN = ("link", "look", "script", "style")
+"""Places of pieces that a reader does not see as text."""
 _VOID = {"meta", "br", "img", "link", "input", "hr"}
 
 
@@ -107,10 +109,20 @@ class _Reader(HTMLParser):
                 self.pieces.append(
                     Piece(self._section, f"{self._cell()}, the number it is sorted by", str(given["data-v"]))
                 )
+        self._unseen(tag, given)
         if tag == "script":
             self._script = str(given.get("id") or "") if given.get("type") == "application/json" else ""
         if tag not in _VOID:
             self._open.append(tag)
+
+    def _unseen(self, tag: str, given: dict[str, str | None]) -> None:
+        """What no text shows, but decides what is shown where: links, the figure of a place and its size, scripts, styles."""
+        if "href" in given:
+            self.pieces.append(Piece(self._section, "link", str(given["href"])))
+        if "data-figure" in given or "style" in given:
+            self.pieces.append(Piece(self._section, "look", f"{given.get('data-figure')}, {given.get('style')}"))
+        if tag in ("script", "style") and "main" in self._open:
+            self.pieces.append(Piece(self._section, tag, str(given.get("id"))))
 
     def handle_endtag(self, tag: str) -> None:
         self._flush()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,6 +13,7 @@ from moescope.routing.findings import DEFINITION, WORDS, Finding, finding, in_or
 _COLUMNS = (
     "finding", "measure", "value", "95 % interval", "chance or control", "÷ chance", "distance", "against chance", "unit",
 )  # fmt: skip
+_JUDGED = ("value", "null", "ci_low", "ci_high")
 _NUMERIC = frozenset((2, 3, 4, 5, 6))
 
 
@@ -44,11 +46,21 @@ def at_the_median(found: Finding) -> dict[str, Any] | None:
     if found.metric is None:
         return None
     table = found.result.table
-    names = ["metric", "value", "null", "ci_low", "ci_high"]
-    for row in table.select(names).to_pylist():
-        if row["metric"] == found.metric and row["value"] == found.value and row["null"] == found.null:
-            return dict(row)
-    return None
+    far: list[tuple[float, int]] = []
+    for place, row in enumerate(table.select(["metric", *_JUDGED]).to_pylist()):
+        numbers = [math.nan if row[name] is None else float(row[name]) for name in _JUDGED]
+        if row["metric"] == found.metric and all(map(math.isfinite, numbers)):
+            far.append((_distance(*numbers), place))
+    if not far:
+        return None
+    middle: dict[str, Any] = table.slice(sorted(far)[len(far) // 2][1], 1).to_pylist()[0]
+    return middle
+
+
+def _distance(value: float, null: float, low: float, high: float) -> float:
+    """As findings are judged: in half-widths of the interval."""
+    apart, half = abs(value - null), (high - low) / 2
+    return 0.0 if apart == 0 else apart / half if half > 0 else math.inf
 
 
 def _row(found: Finding, anchor: str) -> list[Cell]:

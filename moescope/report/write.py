@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,6 +14,7 @@ from moescope.report.compose import Composed, Part, compose
 if TYPE_CHECKING:
     from moescope.store.run import Run
 
+_log = logging.getLogger(__name__)
 ENDINGS = (".html", ".md")
 
 
@@ -54,7 +56,8 @@ def write_report(
     """
     target = Path(path)
     check_ending(target)
-    save(composed(runs, target, part=part, thresholds=thresholds, tell=tell), target, tell=tell)
+    for note in save(composed(runs, target, part=part, thresholds=thresholds, tell=tell), target, tell=tell):
+        _log.warning(note)
     return target
 
 

@@ -19,7 +19,7 @@ from moescope.store.importing.pickled_arrays import PickledArray, number_builder
 # Numbers that a tensor may repeat (stride 0): a small file must not fill the memory.
 _REPEATED = 1 << 22
 _DAMAGE = (
-    ValueError, KeyError, IndexError, TypeError, AttributeError, OverflowError, RuntimeError, EOFError, MemoryError, zlib.error,
+    ValueError, KeyError, IndexError, TypeError, AttributeError, OverflowError, RuntimeError, EOFError, zlib.error,
     struct.error,
 )  # fmt: skip
 # bfloat16 has no type in NumPy: its bits are the upper half of a float32's.
@@ -51,6 +51,10 @@ def read_torch_file(path: Path) -> Any:
         ) from bad
     except OSError as refused:
         raise InputError(f"{path} cannot be read", found=refused.strerror or str(refused)) from refused
+    except MemoryError as refused:
+        raise InputError(
+            f"{path} does not fit into memory", found=str(refused) or None, fix="save it in parts, and import each"
+        ) from refused
     except _DAMAGE as damage:
         raise InputError(f"{path} is damaged", found=f"{type(damage).__name__}: {damage}") from damage
 

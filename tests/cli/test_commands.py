@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import signal
 import subprocess
@@ -15,7 +16,9 @@ from typing import Any
 import duckdb
 import pytest
 
+from moescope.core.errors import IncompleteError, InputError
 from moescope.core.versions import VERSION
+from moescope.probes.plan_budget import read_bytes
 from moescope.store.store import Store
 
 Cli = Callable[..., Any]
@@ -109,10 +112,68 @@ def test_doctor_finds_the_bundled_model_sound_and_leaves_no_file(cli: Cli, tmp_p
 
 def test_doctor_says_which_check_fails(cli: Cli) -> None:
     outcome = cli("doctor", "./no/such/model", "--json")
-    assert outcome.code != 0
+    assert outcome.code == 2  # as of profile with this model
     failed = [check for check in outcome.json if not check["ok"]]
     assert [check["check"] for check in failed] == ["load ./no/such/model"]
     assert "no such path" in failed[0]["found"]
+
+
+def test_doctor_leaves_with_the_code_of_what_it_found(
+    cli: Cli, demo_loaded: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def gaps(live: Any) -> str:
+        raise IncompleteError("the ledger has gaps", found="tokens: 3 of 4")
+
+    monkeypatch.setattr("moescope.cli.doctor._recorded", gaps)
+    outcome = cli("doctor", "demo", "--json")
+    assert outcome.code == 3
+    assert [check["check"] for check in outcome.json if not check["ok"]] == ["record two sentences"]
+
+
+class _Terminal(io.StringIO):
+    """Somebody who answers, or presses Ctrl-C."""
+
+    def isatty(self) -> bool:
+        return True
+
+    def readline(self, size: int | None = -1, /) -> str:
+        if not self.getvalue():
+            raise KeyboardInterrupt
+        return super().readline()
+
+
+@pytest.mark.parametrize(("answer", "code", "left"), [("n\n", 0, 1), ("y\n", 0, 0), ("", 130, 1)])
+@pytest.mark.parametrize("json", [True, False])
+def test_deleting_asks_first(
+    answer: str, code: int, left: int, json: bool, cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "runs.duckdb"
+    with Store(path) as store:
+        store.connection.execute(
+            "INSERT INTO saes BY NAME SELECT uuid() AS sae_id, 'topk-16' AS name, 'topk' AS architecture, "
+            "'blocks.3.hook_mlp_out' AS site, 64 AS d_in, 16 AS d_sae, now() AS created_at, 'saes/topk-16' AS path"
+        )
+    monkeypatch.setattr(sys, "stdin", _Terminal(answer))
+    outcome = cli("sae", "delete", "topk-16", "--store", path, *(["--json"] if json else []))
+    assert outcome.code == code, outcome.err
+    assert "Delete them?" in outcome.err
+    if json and left:
+        assert outcome.out.strip() == ""  # input() ends its line there
+        assert "topk-16" in outcome.err
+    elif json:
+        assert outcome.json["autoencoders"] == 1
+    if answer == "n\n":
+        assert "nothing was deleted" in outcome.err
+    with Store(path, read_only=True) as store:
+        assert store.fetch("SELECT count(*) FROM saes") == [(left,)]
+
+
+@pytest.mark.parametrize("text", ["9" * 400, f"{'9' * 400}k", "1" * 308 + "M"])
+def test_numbers_without_end_are_refused(text: str, cli: Cli) -> None:
+    site = "blocks.3.hook_mlp_out"
+    cli("sae", "record", "demo", "--site", site, "--tokens", text).assert_refused("--tokens is a number of tokens")
+    with pytest.raises(InputError, match="a budget is a number of bytes"):
+        read_bytes(text.replace("k", "KB").replace("M", "MB"))
 
 
 def _store(path: Path) -> Path:
@@ -121,14 +182,18 @@ def _store(path: Path) -> Path:
     return path
 
 
-def test_reader_that_leaves_early_is_no_error(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "words",
+    ["runs list runs.duckdb --json", "analyze --list", "intervene edits", "manual", "plan demo --show-config"],
+)
+def test_reader_that_leaves_early_is_no_error(words: str, tmp_path: Path) -> None:
     """As in `moescope runs --json | head -1`. Exit code 1 would mean a finding over a threshold."""
-    path = _store(tmp_path / "runs.duckdb")
+    _store(tmp_path / "runs.duckdb")
     read, write = os.pipe()
     os.close(read)
     try:
         done = subprocess.run(
-            [PROGRAM, "runs", str(path), "--json"], stdout=write, stderr=subprocess.PIPE, text=True, check=False
+            [PROGRAM, *words.split()], cwd=tmp_path, stdout=write, stderr=subprocess.PIPE, text=True, check=False
         )
     finally:
         os.close(write)

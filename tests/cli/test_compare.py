@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import uuid
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -73,3 +74,58 @@ def test_one_run_is_no_comparison(cli: Cli, compared: Path) -> None:
     cli("compare", compared, "base").assert_refused("two runs or more", "moescope report")
     cli("compare", compared, "base", "nobody").assert_refused("no run called 'nobody'")
     cli("compare", compared, "base", "cut", "--output", "x.txt").assert_refused(".html or .md")
+
+
+@pytest.fixture(scope="module")
+def oddly_named(compared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same runs, called as columns of the table of measures are."""
+    path = tmp_path_factory.mktemp("odd") / "runs.duckdb"
+    path.write_bytes(compared.read_bytes())
+    with ms.Store(path) as store:
+        for old, new in (("base", "beyond"), ("cut", "unit"), ("third", "controls")):
+            store.connection.execute("UPDATE runs SET name = ? WHERE name = ?", [new, old])
+    return path
+
+
+@pytest.mark.parametrize("names", [("beyond", "unit"), ("unit", "controls"), ("controls", "beyond")])
+def test_runs_called_as_columns_lose_none(cli: Cli, oddly_named: Path, names: tuple[str, str]) -> None:
+    outcome = cli("compare", oddly_named, *names)
+    assert outcome.code == 0, outcome.err
+    (head,) = [line.split() for line in outcome.out.splitlines() if line.startswith("measure")]
+    assert tuple(head[1:3]) == names
+    assert "mean NLL, nats" in outcome.out
+
+
+def test_json_keeps_the_values_of_every_run(cli: Cli, compared: Path, tmp_path: Path) -> None:
+    (tmp_path / "other.duckdb").write_bytes(compared.read_bytes())
+    with ms.Store(tmp_path / "other.duckdb") as store:
+        (old,) = [run.run_id for run in store.runs() if run.name == "base"]
+        new = str(uuid.uuid4())
+        tables = """
+            SELECT table_name
+            FROM information_schema.tables t
+            JOIN information_schema.columns c USING (table_schema, table_name)
+            WHERE c.column_name = 'run_id' AND t.table_type = 'BASE TABLE'
+        """
+        for (table,) in store.fetch(tables):
+            store.connection.execute(f"UPDATE {table} SET run_id = ? WHERE run_id = ?", [new, old])
+        store.connection.execute("UPDATE runs SET seed = 7 WHERE run_id = ?", [new])
+    told = cli("compare", compared, "base", "other.duckdb:base", "--json").json
+    assert told["runs"] == ["base (runs.duckdb)", "base (other.duckdb)"]
+    (seed,) = [row for row in told["configuration"] if row["setting"] == "seed"]
+    assert (len(seed["values"]), seed["values"][1]) == (2, "7")
+    assert seed["values"][0] != "7"
+
+
+def test_incomplete_baseline_exits_with_3(cli: Cli, compared: Path, tmp_path: Path) -> None:
+    path = tmp_path / "half.duckdb"
+    path.write_bytes(compared.read_bytes())
+    with ms.Store(path) as store:
+        store.connection.execute("UPDATE runs SET status = 'incomplete' WHERE name = 'third'")
+    rule = "{analysis: nll, metric: mean NLL, where: {label: all}, baseline: third, max_change: "
+    for bound, code in ((100, 3), (0, 1)):
+        (tmp_path / "limits.yaml").write_text(f"rules:\n  - {rule}{bound}}}\n")
+        for command in (("compare", path, "base", "cut"), ("report", path, "cut")):
+            outcome = cli(*command, "--thresholds", "limits.yaml")
+            assert outcome.code == code, outcome.err
+            assert "not complete: third" in outcome.err

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -9,15 +10,26 @@ from pathlib import Path
 
 import duckdb
 import pytest
+import typer
 
 from moescope.cli import completion
 from moescope.core.analysis import analyses
 from moescope.core.edit import edits
 from moescope.core.probe import probes
 from moescope.store import schema
+from moescope.store.store import Store
 from tests.cli.conftest import Cli
 
 Tab = Callable[..., list[str]]
+RUNS = "SELECT name, model || ', ' || status FROM runs ORDER BY name"
+
+
+def _typed(store: Path) -> typer.Context:
+    from typer.core import TyperCommand
+
+    context = typer.Context(TyperCommand("analyze"))
+    context.params = {"store": store}
+    return context
 
 
 @pytest.fixture
@@ -38,13 +50,17 @@ def tab(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> Tab:
 
 @pytest.fixture
 def store(tmp_path: Path) -> Path:
-    """A file with the two tables that completion reads."""
+    """A store of two runs and an autoencoder."""
     path = tmp_path / "mine.duckdb"
+    with Store(path) as made:
+        for name in ("base", "cut"):
+            made.begin_run(name=name, model="demo")
     with duckdb.connect(str(path)) as made:
-        made.execute("CREATE TABLE runs (name VARCHAR, model VARCHAR, status VARCHAR)")
-        made.execute("INSERT INTO runs VALUES ('base', 'demo', 'complete'), ('cut', 'demo', 'complete')")
-        made.execute("CREATE TABLE saes (name VARCHAR, architecture VARCHAR, site VARCHAR)")
-        made.execute("INSERT INTO saes VALUES ('topk-16', 'topk', 'blocks.3.hook_mlp_out')")
+        made.execute("UPDATE runs SET status = 'complete'")
+        made.execute(
+            "INSERT INTO saes BY NAME SELECT uuid() AS sae_id, 'topk-16' AS name, 'topk' AS architecture, "
+            "'blocks.3.hook_mlp_out' AS site, 64 AS d_in, 16 AS d_sae, now() AS created_at"
+        )
     return path
 
 
@@ -74,6 +90,44 @@ def test_a_store_that_cannot_be_read_offers_nothing(tab: Tab, tmp_path: Path) ->
         pass
     assert tab("analyze", "empty.duckdb", "--run", "") == []
     assert not (tmp_path / "none.duckdb").exists()
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["$(touch ran)", "`touch ran`", "a;touch ran", "a b", "a\nb", "\x1b[2J", "a'b", 'a"b', "a|b", "--yes", "a*", "~"],
+)
+def test_names_that_a_shell_would_not_take_as_they_stand_are_left_out(tab: Tab, store: Path, name: str) -> None:
+    with duckdb.connect(str(store)) as made:
+        made.execute("UPDATE runs SET name = ? WHERE name = 'cut'", [name])
+        made.execute("UPDATE runs SET model = '$(touch ran)`touch ran`\x1b[2J'")
+    assert tab("analyze", str(store), "--run", "") == ["base"]
+    assert all(set(said) <= set("touch ran2Jcomplete, ") for _, said in completion._from_store(_typed(store), "", RUNS))
+
+
+def test_chosen_by_bash_no_name_of_a_store_runs(store: Path, tmp_path: Path) -> None:
+    """The script that bash is given, on a run that another person has named."""
+    with duckdb.connect(str(store)) as made:
+        made.execute("UPDATE runs SET name = '$(touch ran)' WHERE name = 'cut'")
+    program = str(Path(sys.executable).parent / "moescope")
+    env = os.environ | {"PATH": f"{Path(program).parent}:{os.environ['PATH']}"}
+    script = (
+        f'eval "$(_MOESCOPE_COMPLETE=source_bash {program})"; COMP_WORDS=(moescope analyze {store} --run ""); COMP_CWORD=4; '
+        "$(complete -p moescope | sed 's/.*-F \\([^ ]*\\).*/\\1/') moescope; eval \"true ${COMPREPLY[*]}\"; echo ${COMPREPLY[*]}"
+    )
+    done = subprocess.run(["bash", "-c", script], cwd=tmp_path, env=env, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["base"]
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_store_from_elsewhere_reads_no_other_file(tab: Tab, store: Path, tmp_path: Path) -> None:
+    secret = tmp_path / "secret.txt"
+    secret.write_text("hushhush", encoding="utf-8")
+    with duckdb.connect(str(store)) as made:
+        made.execute("ALTER TABLE saes RENAME TO saes_before")
+        made.execute(
+            f"CREATE VIEW saes AS SELECT content AS name, '' AS architecture, '' AS site FROM read_text('{secret}')"
+        )
+    assert tab("sae", "judge", "--store", str(store), "--sae", "") == []
 
 
 def test_a_store_that_another_program_writes_offers_nothing(tab: Tab, store: Path) -> None:

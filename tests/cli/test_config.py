@@ -66,7 +66,8 @@ def test_every_flag_of_every_command_comes_from_a_file_as_it_is_typed(each: Desc
     given = _file(each.flags)
     assert yaml.safe_load(typed.out) == {flag.name: given[flag.name] for flag in each.flags if not flag.secret}
     Path("run.yaml").write_text(typed.out, encoding="utf-8")
-    assert cli(*words, "--config", "run.yaml", "--show-config").out == typed.out
+    secret = _words(tuple(flag for flag in each.flags if flag.secret and flag.required))
+    assert cli(*words, *secret, "--config", "run.yaml", "--show-config").out == typed.out
 
 
 @pytest.mark.parametrize("each", ALL, ids=lambda each: each.name)
@@ -75,7 +76,8 @@ def test_defaults_printed_are_defaults_read(each: Described, cli: Cli) -> None:
     shown = cli(*each.name.split(), *_words(needed), "--show-config")
     assert shown.code == 0, shown.err
     Path("run.yaml").write_text(shown.out, encoding="utf-8")
-    assert cli(*each.name.split(), "--config", "run.yaml", "--show-config").out == shown.out
+    secret = _words(tuple(flag for flag in needed if flag.secret))
+    assert cli(*each.name.split(), *secret, "--config", "run.yaml", "--show-config").out == shown.out
 
 
 def _shown(cli: Cli, text: str, *words: str) -> Any:
@@ -155,12 +157,71 @@ def test_numbers_stay_text_where_text_is_asked_for(cli: Cli) -> None:
         ("? [a, b]\n: c\n", ["a key is a word"]),
         ("name: !!python/object/apply:os.system [id]\n", ["line 1"]),
         ("\x00", ["YAML"]),
+        ("batch-size: !!int x\n", ["batch-size cannot be 'x'", "a whole number"]),
+        ("batch-size: !!int ''\n", ["a whole number"]),
+        ("sample: !!float ''\n", ["line 1", "a number"]),
+        ("dry-run: !!bool x\n", ["true or false"]),
+        (f"sample: {'9' * 400}\n", ["line 1", "a number", "999…"]),
+        (f"batch-size: 0x{'f' * 5000}\n", ["line 1", "a whole number"]),
+        ("probe: [routing, no]\n", ["line 1", "probe cannot be false", "text"]),
+        ("probe: {routing: 16}\n", ["line 1", "probe cannot be a section", "a list such as [routing=16]"]),
+        ("profile:\n  name: a\nsae train:\n  spce: topk\n", ["line 4", "'spce'", "did you mean spec"]),
     ],
 )
 def test_a_file_that_cannot_be_is_refused(text: str, words: list[str], cli: Cli) -> None:
     Path("run.yaml").write_text(text, encoding="utf-8")
     cli("profile", "demo", "--config", "run.yaml").assert_refused("run.yaml", *words)
     assert not Path("runs.duckdb").exists()
+
+
+@pytest.mark.parametrize(
+    "written",
+    ["0123", "1.10", "007", "1:30", "3.10", "1_000", "0x10", "2026-02-30", "2026-01-01", "1e3", "0x" + "f" * 5000],
+)
+def test_text_comes_as_it_is_written(written: str, cli: Cli) -> None:
+    shown = _shown(cli, f"name: {written}\nrevision: {written}\nprobe: [{written}]\n", "profile", "demo")
+    assert (shown["name"], shown["revision"], shown["probe"]) == (written, written, [written])
+
+
+@pytest.mark.parametrize("tagged", ['!!int ""', '!!float ""', "!!bool x", "!!timestamp x"])
+def test_text_with_a_tag_that_does_not_fit_is_text(tagged: str, cli: Cli) -> None:
+    assert _shown(cli, f"name: {tagged}\n", "profile", "demo")["name"] == tagged.split()[1].strip('"')
+
+
+@pytest.mark.parametrize("section", ["profile:\n  # name: a\n", "profile: {}\n", "sae train:\nprofile: ~\n"])
+def test_a_section_that_says_nothing_is_passed_over(section: str, cli: Cli) -> None:
+    assert _shown(cli, f"{section}batch-size: 4\n", "profile", "demo")["batch-size"] == 4
+
+
+def test_the_key_of_a_flag_in_place_of_a_list_is_told_so(cli: Cli) -> None:
+    Path("run.yaml").write_text("store: a.duckdb\nparam: {segment: 16}\n", encoding="utf-8")
+    cli("analyze", "--config", "run.yaml").assert_refused("line 2", "param", "a list such as [segment=16]")
+
+
+def test_one_file_of_options_and_no_second(cli: Cli) -> None:
+    Path("a.yaml").write_text("batch-size: 4\n", encoding="utf-8")
+    cli("profile", "demo", "--config", "a.yaml", "--config", "a.yaml").assert_refused("--config", "one file")
+    assert cli("profile", "demo", "--config", "a.yaml", "--show-config").code == 0
+
+
+def test_the_last_word_about_a_switch_wins(cli: Cli) -> None:
+    def resume(*words: str) -> bool:
+        return bool(yaml.safe_load(cli("profile", "demo", *words, "--show-config").out)["resume"])
+
+    assert resume("--resume")
+    assert not resume("--resume", "--no-resume")
+    assert resume("--no-resume", "--resume")
+    Path("a.yaml").write_text("resume: true\n", encoding="utf-8")
+    assert not resume("--config", "a.yaml", "--no-resume")
+    assert not resume("--resume", "--no-resume", "--config", "a.yaml")
+    assert resume("--no-resume", "--resume", "--config", "a.yaml")
+
+
+def test_an_empty_list_comes_back_as_one(cli: Cli) -> None:
+    shown = _shown(cli, "group: []\n", "intervene", "effect", "demo")
+    assert shown["group"] == []
+    assert _shown(cli, yaml.safe_dump(shown), "intervene", "effect")["group"] == []
+    assert "edit" not in shown
 
 
 def test_a_missing_or_binary_file_is_refused(cli: Cli) -> None:
@@ -174,6 +235,7 @@ def test_secrets_are_not_printed(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setenv("MOESCOPE_TOKEN", "hushhush")
     assert "hushhush" not in cli("dashboard", "--show-config").out
     assert "hushhush" not in cli("dashboard", "--token", "hushhush", "--show-config").out
+    assert "hushhush" not in cli("sae", "describe", "--command", "llm --key hushhush", "--unit", 1, "--show-config").out
 
 
 def test_a_command_runs_with_the_options_of_a_file(cli: Cli) -> None:

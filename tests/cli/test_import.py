@@ -53,7 +53,7 @@ def test_refusals_are_one_line(cli: Cli, trace: Path, tmp_path: Path) -> None:
     cli("import", trace).assert_refused("--n-experts")
     cli("import", tmp_path / "no.csv").assert_refused("there is no file")
     cli("import", trace, "--n-experts", 8, "--format", "xml").assert_refused("no format")
-    cli("import", trace, "--n-experts", 8, "--layers", "a-b").assert_refused("names no layers")
+    cli("import", trace, "--n-experts", 8, "--layers", "a-b").assert_refused("--layers cannot be")
     refused = cli("import", trace, "--n-experts", 0)
     assert refused.code == 2
     assert "--n-experts" in refused.err
@@ -70,5 +70,5 @@ def test_layers_of_an_array_are_named(cli: Cli, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("text", ["", "a", "1-", "-1", "1,,2", "1-2-3", "99999999"])
 def test_layers_that_are_none_are_refused(text: str) -> None:
-    with pytest.raises(InputError, match="names no layers"):
+    with pytest.raises(InputError, match="--layers cannot be"):
         read_layers(text)

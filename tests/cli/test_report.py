@@ -128,3 +128,44 @@ def test_incomplete_run_is_reported_and_exits_with_3(cli: Cli, recorded: Path, t
     assert outcome.code == 3
     assert "not complete: base" in outcome.err
     assert "INCOMPLETE RUN" in (tmp_path / "r.html").read_text(encoding="utf-8")
+
+
+def test_colons_in_paths_and_names_of_runs_are_found(cli: Cli, recorded: Path, tmp_path: Path) -> None:
+    (tmp_path / "o:p.duckdb").write_bytes(recorded.read_bytes())
+    with ms.Store(tmp_path / "o:p.duckdb") as store:
+        store.connection.execute("UPDATE runs SET run_id = uuid(), name = 'a:b' WHERE name = 'again'")
+    outcome = cli("report", recorded, "o:p.duckdb:a:b", "--output", "r.html", "--json")
+    assert outcome.code == 0, outcome.err
+    assert [run["name"] for run in outcome.json["runs"]] == ["a:b"]
+
+
+def test_counts_are_told_in_plain_words_and_json_has_the_lists(cli: Cli, recorded: Path) -> None:
+    told = dict(line.split("  ", 1) for line in cli("report", recorded, "base").out.splitlines())
+    data = cli("report", recorded, "base", "--json").json
+    for label, key in (("sections", "sections"), ("findings", "findings"), ("left out", "left_out")):
+        assert told[label].strip() == str(len(data[key]))
+    assert not [key for key in data if "number" in key]
+
+
+def test_whole_of_routing_takes_no_flag_that_it_would_ignore(cli: Cli, recorded: Path) -> None:
+    for flags in (("--param", "segment=3"), ("--rows", "3"), ("--format", "csv")):
+        cli("analyze", recorded, "--run", "base", "--all", *flags).assert_refused(flags[0], "--analysis")
+
+
+def test_text_between_colons_stays_as_it_is(capsys: pytest.CaptureFixture[str]) -> None:
+    from moescope.cli.app import _told
+
+    assert _told("no run called ':warning:' [bold]", 2) == 2
+    assert capsys.readouterr().err == "error: no run called ':warning:' [bold]\n"
+
+
+def test_profile_against_an_incomplete_baseline_exits_with_3(cli: Cli, recorded: Path, tmp_path: Path) -> None:
+    (tmp_path / "half.duckdb").write_bytes(recorded.read_bytes())
+    with ms.Store(tmp_path / "half.duckdb") as store:
+        store.connection.execute("UPDATE runs SET status = 'incomplete' WHERE name = 'base'")
+    rule = "{analysis: nll, metric: mean NLL, where: {label: all}, baseline: base, max_change: 100}"
+    (tmp_path / "text.txt").write_text("The quick brown fox.")
+    outcome = cli("profile", "demo", "--store", "half.duckdb", "--name", "next", "--data", "text.txt", "--probe", "tokens",
+                  "--thresholds", _file(tmp_path, f"rules:\n  - {rule}\n"))  # fmt: skip
+    assert outcome.code == 3, outcome.err
+    assert "not complete: base" in outcome.err

@@ -222,14 +222,15 @@ def test_markdown_that_fails_leaves_the_files_before(
     def broken(*_: object) -> str:
         raise ZeroDivisionError
 
-    (tmp_path / "report.md").write_text("old")
+    old = '<!-- moescope-report {"format": 1, "runs": [], "images": {"old": ""}} -->'
+    (tmp_path / "report.md").write_text(old)
     (tmp_path / "report_files").mkdir()
     (tmp_path / "report_files" / "old.png").write_bytes(b"old")
     monkeypatch.setattr(module, "markdown_page", broken)
     monkeypatch.setitem(sys.modules, "kaleido.errors", None)  # as without the extra: no browser is started
     with pytest.raises(ZeroDivisionError):
         _written(store_path, ["base"], tmp_path / "report.md")
-    assert (tmp_path / "report.md").read_text() == "old"
+    assert (tmp_path / "report.md").read_text() == old
     assert [path.name for path in sorted(tmp_path.rglob("*"))] == ["report.md", "report_files", "old.png"]
 
 
@@ -239,3 +240,125 @@ def test_folder_of_other_things_is_left_alone(store_path: Path, tmp_path: Path) 
     with pytest.raises(InputError, match="something that no report wrote"):
         _written(store_path, ["base"], tmp_path / "report.md")
     assert (tmp_path / "report_files" / "thesis.tex").read_text() == "mine"
+
+
+def test_folder_of_images_that_no_report_lists_is_left_alone(store_path: Path, tmp_path: Path) -> None:
+    (tmp_path / "photos_files").mkdir()
+    (tmp_path / "photos_files" / "mine.png").write_bytes(b"mine")
+    with pytest.raises(InputError, match="something that no report wrote"):
+        _written(store_path, ["base"], tmp_path / "photos.md")
+    assert (tmp_path / "photos_files" / "mine.png").read_bytes() == b"mine"
+
+
+def _small(planted: ModuleType, path: Path, name: str, nll: float = 1.0) -> None:
+    with Store(path) as store:
+        planted.plant(store, planted.Plan(lengths=[5] * 2, nll=np.full(10, nll)), name=name)
+
+
+@pytest.fixture(scope="module")
+def small_report(planted: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("small")
+    _small(planted, folder / "runs.duckdb", "base")
+    return _written(folder / "runs.duckdb", ["base"], folder / "report.html")
+
+
+def test_another_run_in_the_store_is_no_difference(planted: ModuleType, tmp_path: Path) -> None:
+    _small(planted, tmp_path / "runs.duckdb", "base")
+    report = _written(tmp_path / "runs.duckdb", ["base"], tmp_path / "report.html")
+    _small(planted, tmp_path / "runs.duckdb", "next")
+    assert check_report(report).differences == ()
+
+
+def test_images_of_a_name_that_needs_quoting_hold(
+    planted: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import moescope.report.markdown_files as module
+
+    def drawn(answers: Any, folder: Path) -> None:
+        for answer in answers:
+            (folder / f"{answer.anchor}.png").write_bytes(b"drawn")
+
+    monkeypatch.setattr(module, "_draw", drawn)
+    _small(planted, tmp_path / "runs.duckdb", "base")
+    report = _written(tmp_path / "runs.duckdb", ["base"], tmp_path / "my report é.md")
+    assert "](my%20report%20%C3%A9_files/" in report.read_text(encoding="utf-8")
+    assert check_report(report).differences == ()
+    # Its own images may be replaced.
+    assert _written(tmp_path / "runs.duckdb", ["base"], report) == report
+    (tmp_path / "my report é_files" / "mine.png").write_bytes(b"mine")
+    with pytest.raises(InputError, match="something that no report wrote"):
+        _written(tmp_path / "runs.duckdb", ["base"], report)
+
+
+def test_one_of_two_stores_may_have_moved(planted: ModuleType, tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        _small(planted, tmp_path / f"{name}.duckdb", name)
+    with Store(tmp_path / "one.duckdb", read_only=True) as one, Store(tmp_path / "two.duckdb", read_only=True) as two:
+        report = write_report([one.run("one"), two.run("two")], tmp_path / "both.html")
+    (tmp_path / "two.duckdb").rename(tmp_path / "moved.duckdb")
+    assert check_report(report, store=tmp_path / "moved.duckdb").differences == ()
+
+
+def test_verdict_without_its_baseline_holds_when_the_store_has_changed(planted: ModuleType, tmp_path: Path) -> None:
+    store, limits = tmp_path / "runs.duckdb", tmp_path / "limits.yaml"
+    _small(planted, store, "base")
+    limits.write_text("baseline: gone\nrules:\n  - {analysis: nll, metric: mean NLL, max_change: 1}\n")
+    with Store(store, read_only=True) as opened:
+        report = write_report(opened.run("base"), tmp_path / "report.html", thresholds=limits)
+    _small(planted, store, "next")
+    store.rename(tmp_path / "moved.duckdb")
+    assert check_report(report, store=tmp_path / "moved.duckdb").differences == ()
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ('"part":"all"', '"part":"some"'),
+        ('"part":"all",', ""),
+        ('"runs":[{', '"runs":[1,{'),
+        ('"thresholds":null', '"thresholds":[1]'),
+        ('"results":[{', '"results":5,"other":[{'),
+        ('"results":[{', '"images":[1],"results":[{'),
+        ('"named":', '"nambed":'),
+    ],
+)
+def test_broken_provenance_is_refused(small_report: Path, tmp_path: Path, old: str, new: str) -> None:
+    text = small_report.read_text(encoding="utf-8")
+    report = tmp_path / "report.html"
+    assert old in text
+    report.write_text(text.replace(old, new), encoding="utf-8")
+    with pytest.raises(InputError, match="provenance that cannot be read"):
+        check_report(report)
+
+
+def test_what_no_text_shows_is_checked_too(report: Path) -> None:
+    """Figures in each other's place, heights, links, added scripts and styles: some piece differs."""
+    text = report.read_text(encoding="utf-8")
+    known = pieces_of(text, markdown=False)
+    first = re.findall(r"data-figure='(figure-[^']*)'", text)[0]
+    for old, new in (
+        (f"data-figure='{first}'", "data-figure='figure-of-another'"),
+        (re.findall(r"style='height:\d+px'", text)[0], "style='height:0px'"),
+        ("href='#findings'", "href='#nll'"),
+        ("<main>", "<main><script>document.title = 1</script>"),
+        ("<main>", "<main><style>td {display: none}</style>"),
+    ):
+        assert old in text
+        assert pieces_of(text.replace(old, new, 1), markdown=False) != known, new
+
+
+def test_run_called_otherwise_in_the_provenance_is_a_difference(small_report: Path, tmp_path: Path) -> None:
+    text = small_report.read_text(encoding="utf-8")
+    report = tmp_path / "report.html"
+    report.write_text(text.replace('"name":"base","status":"complete"', '"name":"bass","status":"failed"'))
+    assert [one.place for one in check_report(report).differences] == [
+        "provenance, name of run 1",
+        "provenance, status of run 1",
+    ]
+
+
+def test_missing_images_are_told_once(store_path: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture,
+                                      monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
+    monkeypatch.setitem(sys.modules, "kaleido.errors", None)  # as without the extra
+    _written(store_path, ["base"], tmp_path / "report.md")
+    assert [record.getMessage()[:9] for record in caplog.records] == ["no images"]

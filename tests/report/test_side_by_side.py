@@ -8,12 +8,16 @@ from types import ModuleType
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 
+from moescope.core.result import Result
 from moescope.report.before_after import effects_blocks, stored_effects
 from moescope.report.compose import compose
 from moescope.report.document import Document, Grid, Heading, Paragraph
-from moescope.report.leaderboard import leaderboard_blocks
+from moescope.report.leaderboard import labels_of, leaderboard_blocks
+from moescope.report.summary import at_the_median
+from moescope.routing.findings import finding
 from moescope.store.run import Run
 from moescope.store.store import Store
 
@@ -48,6 +52,24 @@ def test_best_is_marked_only_apart_from_all_others(plant: Plant, noisy: np.ndarr
     assert _marks(leaderboard_blocks(clear)[1], "mean NLL") == {"far better": "●", "worse": "", "worst": ""}
     close = [plant("one", noisy), plant("other", noisy + 0.001), plant("third", noisy + 9)]
     assert _marks(leaderboard_blocks(close)[1], "mean NLL") == {"one": "≈", "other": "", "third": ""}
+    equal = [plant("twin", noisy), plant("its like", noisy), plant("beyond both", noisy + 9)]
+    assert _marks(leaderboard_blocks(equal)[1], "mean NLL") == {"twin": "≈", "its like": "≈", "beyond both": ""}
+
+
+def test_only_runs_of_the_same_tokens_are_ranked(plant: Plant, noisy: np.ndarray) -> None:
+    """Another cut of as many tokens, or a run that does not tell its texts, is on other ground."""
+    other_cut = plant("other cut", noisy, lengths=(40,) * 4)
+    untold = [plant(f"untold {n}", noisy) for n in range(2)]
+    no_corpus = [plant(f"no corpus {n}", noisy) for n in range(2)]
+    connection = other_cut.store.connection
+    for run in untold:
+        connection.execute("UPDATE sequences SET content_hash = NULL WHERE run_id = ?", [run.run_id])
+    for run in no_corpus:
+        connection.execute("UPDATE runs SET corpus_fingerprint = NULL WHERE run_id = ?", [run.run_id])
+    runs = [plant("this cut", noisy + 5), plant("this too", noisy + 50), other_cut, *untold, *no_corpus]
+    data = leaderboard_blocks(runs)[1]
+    assert {row["run"] for row in data if row["same_texts"]} == {"this cut", "this too"}
+    assert {name for name, mark in _marks(data, "mean NLL").items() if mark} == {"this cut"}
 
 
 def test_leaderboard_tells_means_and_intervals_that_hold_them(plant: Plant, noisy: np.ndarray) -> None:
@@ -83,6 +105,27 @@ def test_equal_names_of_two_stores_are_told_apart(
         theirs = planted.plant(other, planted.Plan(lengths=[20] * 8, nll=noisy), name="same")
         labels = {row["run"] for row in leaderboard_blocks([mine, theirs])[1]}
     assert labels == {"same (runs.duckdb)", "same (other.duckdb)"}
+
+
+def test_equal_names_of_equal_files_are_told_apart_everywhere(
+    planted: ModuleType, noisy: np.ndarray, tmp_path: Path
+) -> None:
+    for folder in ("p", "q", "p/deep/q"):
+        (tmp_path / folder).mkdir(parents=True, exist_ok=True)
+        with Store(tmp_path / folder / "runs.duckdb") as made:
+            planted.plant(made, planted.Plan(lengths=[20] * 8, nll=noisy), name="same")
+            made.connection.execute("UPDATE runs SET seed = ?", [len(folder)])
+    with (
+        Store(tmp_path / "p" / "runs.duckdb", read_only=True) as p,
+        Store(tmp_path / "q" / "runs.duckdb", read_only=True) as q,
+        Store(tmp_path / "p" / "deep" / "q" / "runs.duckdb", read_only=True) as deep,
+    ):
+        runs = [p.run("same"), q.run("same"), deep.run("same")]
+        assert labels_of(runs) == ["same (p/runs.duckdb)", "same (q/runs.duckdb)", "same (2)"]
+        document = compose([runs[0], runs[2]]).document
+    told = ["same (p/runs.duckdb)", "same (q/runs.duckdb)"]
+    assert list(_grid(document, "What changed in configuration").columns)[1:] == told
+    assert list(_grid(document, "Measures before and after").columns)[1:3] == told
 
 
 def test_two_runs_begin_with_what_changed(plant: Plant, noisy: np.ndarray) -> None:
@@ -145,3 +188,20 @@ def test_every_link_of_a_report_leads_somewhere(plant: Plant, noisy: np.ndarray)
     links = {c.to for b in document.blocks if isinstance(b, Grid) for row in b.rows for c in row if c.to}
     assert links
     assert links <= anchors
+
+
+def test_finding_is_told_with_the_interval_that_was_judged() -> None:
+    """Three rows of one value and chance level: the widest, the middle and the narrowest interval, and one without any."""
+    rows = {
+        "metric": ["share"] * 4,
+        "layer": [0, 1, 2, 3],
+        "value": [0.5] * 4,
+        "null": [0.1] * 4,
+        "ci_low": [None, 0.1, 0.49, 0.4],
+        "ci_high": [None, 0.9, 0.51, 0.6],
+    }
+    found = finding(Result("Half", pa.table(rows), "share", {}, 4, "tokens"))
+    middle = at_the_median(found)
+    assert middle is not None
+    assert (middle["layer"], middle["ci_low"], middle["ci_high"]) == (3, 0.4, 0.6)
+    assert found.distance == pytest.approx(4)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from types import ModuleType
@@ -170,3 +171,61 @@ def test_shipped_example_judges_runs_of_its_shape(runs: list[Run]) -> None:
     states = {(one.rule.analysis, one.run): one.status for one in found}
     assert states["nll", "second"] == "fail"
     assert states["compare_measures", "second"] == "fail"
+
+
+def test_run_that_is_named_but_not_judged_is_an_error_beside_the_others(runs: list[Run], tmp_path: Path) -> None:
+    text = "rules:\n  - {analysis: nll, metric: mean NLL, max: 3, run: [first, typo]}\n"
+    found = judge(_rules(tmp_path, text), runs)
+    assert [(one.run, one.status) for one in found] == [("", "error"), ("first", "pass")]
+    assert "none is called typo" in found[0].detail
+    assert exit_code(found) == 2
+    text = "rules:\n  - {analysis: nll, metric: mean NLL, max_change: 3, run: first}\n"
+    (found_one,) = judge(_rules(tmp_path, text), runs)
+    assert (found_one.status, found_one.detail) == ("error", "no run besides the baseline")
+
+
+def test_incomplete_baseline_is_told(planted: ModuleType, store: Store, runs: list[Run], tmp_path: Path) -> None:
+    plan = planted.Plan(lengths=[20] * 6, labels=["code", "law"] * 3, nll=np.full(120, FIRST))
+    planted.plant(store, plan, name="half", status="incomplete")
+    text = "baseline: half\nrules:\n  - {analysis: nll, metric: mean NLL, max_change: 3}\n"
+    found = judge(_rules(tmp_path, text), runs)
+    assert {(one.status, one.incomplete) for one in found} == {("pass", "half")}
+    assert all("baseline half is incomplete" in one.detail for one in found)
+
+
+def test_rule_of_the_example_finds_an_expert_without_tokens(runs: list[Run]) -> None:
+    """Experts 2 and 3 of the planted router are never chosen: their share is 0, and that fails instead of being no number."""
+    rules = read_rules(Path(__file__).parents[2] / "docs" / "examples" / "limits.yaml")
+    (rule,) = [one for one in rules.rules if one.analysis == "load"]
+    one_layer = dataclasses.replace(rule, where=dict(rule.where) | {"layer": (0,)}, run=("first",))
+    (found,) = judge(Rules((one_layer,)), runs)
+    assert (found.status, found.found, found.over) == ("fail", 0.0, 2)
+
+
+@pytest.mark.parametrize(
+    ("rule", "word"),
+    [
+        ("{analysis: nll, max: 3, where: {label: .nan}}", "where takes"),
+        ("{analysis: nll, max: 3, where: {label: [code, .inf]}}", "where takes"),
+        ("{analysis: nll, max: 3, where: {label: {a: 1}}}", "where takes"),
+        ("{analysis: nll, max: 3, where: {label: 2020-01-01}}", "where takes"),
+        ('{analysis: nll, max: 3, where: {label: "\\ud800"}}', "where takes"),
+        ('{analysis: nll, max: 3, where: {"\\ud800": 1}}', "where takes"),
+        ('{analysis: nll, max: 3, name: "\\ud800"}', "name is text"),
+        ('{analysis: nll, max: 3, run: ["\\udfff"]}', "run is the name"),
+        ("{analysis: nll, max: 1" + "0" * 400 + "}", "max cannot be"),
+        ("{analysis: nll, max: 1e999}", "max cannot be"),
+    ],
+)
+def test_value_that_no_report_could_hold_is_refused_with_its_line(tmp_path: Path, rule: str, word: str) -> None:
+    with pytest.raises(InputError, match=f"line 2: {word}") as refused:
+        _rules(tmp_path, f"rules:\n  - {rule}\n")
+    str(refused.value).encode()
+
+
+def test_powers_of_ten_are_numbers_and_true_is_not_1(runs: list[Run], tmp_path: Path) -> None:
+    (rule,) = _rules(tmp_path, "rules:\n  - {analysis: nll, max: 1e3, min: 1e-3}\n").rules
+    assert (rule.max, rule.min) == (1000.0, 0.001)
+    text = "rules:\n  - {analysis: load, max: 3, run: first, where: {expert: true}}\n"
+    (found,) = judge(_rules(tmp_path, text), runs)
+    assert (found.status, "no row has expert True" in found.detail) == ("error", True)

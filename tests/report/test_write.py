@@ -196,7 +196,9 @@ def test_complete_run_is_not_marked(whole: Page) -> None:
     assert "⚠" not in whole.words
 
 
-@pytest.mark.parametrize("status", ["incomplete", "failed", "running"])
+@pytest.mark.parametrize(
+    "status", ["incomplete", *(pytest.param(other, marks=pytest.mark.slow) for other in ("failed", "running"))]
+)
 def test_run_that_is_not_whole_is_marked_at_the_top_and_on_every_result(
     plant: Plant, planted: ModuleType, tmp_path: Path, status: str
 ) -> None:
@@ -209,6 +211,7 @@ def test_run_that_is_not_whole_is_marked_at_the_top_and_on_every_result(
     assert {"nll", "load", "local_consistency"} <= set(page.sections)
 
 
+@pytest.mark.slow
 def test_gap_of_the_ledger_is_shown(plant: Plant, planted: ModuleType, tmp_path: Path) -> None:
     page = _page(plant(status="incomplete", **_fields(planted, ["a", "b"])), tmp_path)
     assert "1 of 1 sites" in page.words
@@ -329,6 +332,7 @@ def test_direction_marks_from_outside_turn_no_words_of_ours(hostile: Page, plant
             assert not re.search(r"[^\W\d_]", after), f"<{tag}> goes on after the mark: {text[:200]!r}"
 
 
+@pytest.mark.slow
 def test_report_of_an_incomplete_run_survives_ids_out_of_range(
     plant: Plant, planted: ModuleType, tmp_path: Path
 ) -> None:

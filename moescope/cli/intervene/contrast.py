@@ -23,7 +23,7 @@ from moescope.cli.flags import (
     TextField,
     Trust,
 )
-from moescope.cli.output import as_json, facts, news, printable, table
+from moescope.cli.output import as_json, facts, news, printable, said, table
 from moescope.core.errors import InputError
 
 if TYPE_CHECKING:
@@ -187,9 +187,9 @@ def _two(text: str, flag: str, kind: type) -> tuple[Any, Any]:
 def _print(result: Result) -> None:
     from moescope.core.html import cell
 
-    typer.echo(f"{printable(result.title)}\n{printable(result.subtitle())}\n")
+    said(f"{printable(result.title)}\n{printable(result.subtitle())}\n")
     columns = ["intervention", "label", "metric", "value", "ci_low", "ci_high", "null", "null_low", "null_high", "n"]
     targets = [row for row in result.table.to_pylist() if row["kind"] == "target"]
     table(columns, [[cell(row[name]) for name in columns] for row in targets])
-    typer.echo("")
+    said("")
     facts(result.facts())

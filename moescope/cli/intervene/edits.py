@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from moescope.cli.flags import OUTPUT
-from moescope.cli.output import as_json
+from moescope.cli.output import as_json, said
 from moescope.core.errors import InputError
 
 
@@ -30,7 +30,7 @@ def edits(
     from moescope.edit_page import edits_page
 
     page = edits_page()
-    typer.echo(page if format == "markdown" else page.replace("`", ""), nl=False)
+    said(page if format == "markdown" else page.replace("`", ""), nl=False)
 
 
 def _listed() -> list[dict[str, object]]:

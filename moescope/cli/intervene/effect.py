@@ -35,7 +35,7 @@ from moescope.cli.flags import (
     listed,
 )
 from moescope.cli.intervene.asked import asked_intervention
-from moescope.cli.output import as_json, facts, news, printable, table
+from moescope.cli.output import as_json, facts, news, printable, said, table
 from moescope.core.errors import InputError
 
 if TYPE_CHECKING:
@@ -242,7 +242,7 @@ def _print(answer: Result) -> None:
                 str(target["unit"]),
             ]
         )
-    typer.echo(f"{printable(answer.title)}\n{printable(answer.subtitle())}\n")
+    said(f"{printable(answer.title)}\n{printable(answer.subtitle())}\n")
     table(["", "intervention (95 %)", "controls", "beyond controls (95 %)", "rank p", "n", "unit"], rows)
-    typer.echo("")
+    said("")
     facts(answer.facts())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -30,8 +31,9 @@ from moescope.cli.flags import (
     TextField,
     Trust,
 )
+from moescope.cli.import_ import read_layers
 from moescope.cli.intervene.asked import asked_intervention
-from moescope.cli.output import as_json, facts, news, printable, table
+from moescope.cli.output import as_json, facts, news, printable, said, table
 from moescope.core.errors import InputError
 
 if TYPE_CHECKING:
@@ -39,6 +41,13 @@ if TYPE_CHECKING:
 
 _ENDINGS = (".html", ".png", ".svg", ".csv", ".parquet", ".json")
 _HOWS = ("zero", "route_around", "renormalise", "mean", "copy")
+_KINDS_OF = {
+    "shares": ("drop", "keep", "top_p"),
+    "numbers": ("top_k",),
+    "score": ("drop", "keep"),
+    "screen": ("experts",),
+    "highest": ("drop",),
+}
 
 Kind = Annotated[
     str,
@@ -53,7 +62,10 @@ How = Annotated[
         show_default="zero; for drop route_around",
     ),
 ]
-Layers = Annotated[str | None, typer.Option(help="Layers, as in 0,3 or 2-5; not for drop, keep and dose.", show_default="all that route")]
+Layers = Annotated[
+    str | None,
+    typer.Option(help="Layers, as in 0,3 or 2-5; not for drop, keep and dose.", show_default="all that route"),
+]
 Score = Annotated[
     list[str] | None,
     typer.Option(
@@ -141,6 +153,7 @@ def sweep(
     from moescope.sweep_api import sweep as run_sweep
     from moescope.sweep_api import sweep_cost
 
+    _check_belongs(kind, shares=shares, numbers=numbers, score=score, screen=screen, highest=highest or None)
     options: dict[str, Any] = _options(kind, how, layers, shares, numbers, across, strengths)
     options |= {"highest": highest, "draws": draws, "generate": generate, "prompts": prompts, "screen": screen}
     options |= {"sample": sample, "seed": seed, "scores": score or "frequency"}
@@ -159,8 +172,8 @@ def sweep(
     if dry_run or not json:
         cost = sweep_cost(live, corpus, **options, **sizes)
         if dry_run:
-            said = {**vars(cost), "model": repr(live), "store": str(store), "kind": kind}
-            as_json(said) if json else facts({"cost": str(cost), "model": repr(live), "store": str(store)})
+            told = {**vars(cost), "model": repr(live), "store": str(store), "kind": kind}
+            as_json(told) if json else facts({"cost": str(cost), "model": repr(live), "store": str(store)})
             return
         news(str(cost))
     from moescope.store.store import Store
@@ -192,7 +205,7 @@ def _options(
     return {
         "kind": kind,
         "how": how,
-        "layers": None if layers is None else _layers(layers),
+        "layers": None if layers is None else read_layers(layers),
         "shares": None if shares is None else as_floats(shares),
         "numbers": None if numbers is None else [_whole(x) for x in as_floats(numbers)],
         "across": across,
@@ -200,21 +213,21 @@ def _options(
     }
 
 
+def _check_belongs(kind: str, **given: Any) -> None:
+    """A flag of another kind would do nothing, and say nothing."""
+    from moescope.probes.sweeps.perform import KINDS
+
+    for name, value in given.items():
+        if kind in KINDS and value is not None and kind not in _KINDS_OF[name]:
+            raise InputError(
+                f"--{name} is nothing for --kind {kind}", expected=f"--kind {' or '.join(_KINDS_OF[name])}"
+            )
+
+
 def _whole(number: float) -> int:
-    if number != int(number):
+    if not math.isfinite(number) or number != int(number):
         raise InputError(f"{number:g} is no number of experts", expected="a whole number")
     return int(number)
-
-
-def _layers(text: str) -> list[int]:
-    """Layers of `0,3` or `2-5`."""
-    found: list[int] = []
-    for part in text.replace(" ", "").split(","):
-        first, dash, last = part.partition("-")
-        if not first.isdigit() or (dash and not last.isdigit()):
-            raise InputError(f"--layers cannot be {text!r}", expected="such as 0,3 or 2-5")
-        found += range(int(first), int(last or first) + 1)
-    return found
 
 
 def _check_paths(output: Path | None, store: Path) -> None:
@@ -230,7 +243,7 @@ def _print(answer: Result) -> None:
     """The finding, the twenty largest effects, and how to read them."""
     from moescope.core.html import cell
 
-    typer.echo(f"{printable(answer.title)}\n{printable(answer.subtitle())}\n")
+    said(f"{printable(answer.title)}\n{printable(answer.subtitle())}\n")
     frame = answer.df()
     first = frame[frame["metric"] == frame["metric"].iloc[0]]
     shown = first.reindex(first["value"].abs().sort_values(ascending=False, kind="stable").index)[:20]
@@ -238,6 +251,6 @@ def _print(answer: Result) -> None:
     shown = shown.where(shown.notna(), None)
     table(list(shown.columns), [[cell(value) for value in row] for row in shown.itertuples(index=False)])
     if len(first) > len(shown):
-        typer.echo(f"… {len(frame):,} rows in all; --output x.csv has them")
-    typer.echo("")
+        said(f"… {len(frame):,} rows in all; --output x.csv has them")
+    said("")
     facts(answer.facts())

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from moescope.cli.flags import Device, DeviceMap, DryRun, Dtype, Json, Model, Report, Revision, Seed, StorePath, Trust
-from moescope.cli.output import as_json, facts, news, printable, table
+from moescope.cli.output import as_json, facts, news, printable, said, table
 from moescope.cli.profile import check_report
 from moescope.cli.sae.asked import tell_plan
 from moescope.core.errors import InputError
@@ -127,7 +127,7 @@ def _prompts(path: Path) -> list[Any]:
 
 
 def _print(result: Result) -> None:
-    typer.echo(f"{printable(result.title)}\n{printable(result.subtitle())}\n")
+    said(f"{printable(result.title)}\n{printable(result.subtitle())}\n")
     frame = result.df()
     heads = frame[frame["metric"] == "codes"].sort_values("value", ascending=False, kind="stable").head(_SHOWN)
     table(
@@ -146,7 +146,7 @@ def _print(result: Result) -> None:
     )
     others = frame[frame["metric"] != "codes"]
     if len(others):
-        typer.echo("")
+        said("")
         table(
             ["measured", "of", "value", "95 % interval", "control", "its range"],
             [
@@ -157,7 +157,7 @@ def _print(result: Result) -> None:
                 for r in others.itertuples()
             ],
         )  # fmt: skip
-    typer.echo("")
+    said("")
     facts(result.facts())
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -44,10 +44,23 @@ def delete(
         if not yes:
             if not sys.stdin.isatty():
                 raise InputError("deleting asks first, and nobody is there to answer", fix="add --yes")
-            show_saes(rows)
-            typer.confirm("Delete them?", abort=True, err=True)
+            if not _agreed(rows, json=json):
+                news("nothing was deleted")
+                return
         deleted = delete_saes(opened, [row["name"] for row in rows])
     told = {"autoencoders": len(rows), "rows": sum(deleted.rows.values()), "bytes": deleted.folder_bytes}
     as_json({**told, "rows": dict(deleted.rows)}) if json else facts(told)
     if not json:
         news("deleted")
+
+
+def _agreed(rows: list[dict[str, Any]], *, json: bool) -> bool:
+    """Whether the user says yes to what is shown: on stderr where stdout is for JSON."""
+    if json:
+        news("\n".join(f"{row['name']} at {row['site']}" for row in rows))
+    else:
+        show_saes(rows)
+    try:
+        return typer.confirm("Delete them?", err=True)
+    except typer.Abort:
+        raise typer.Exit(130) from None

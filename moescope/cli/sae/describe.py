@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -36,6 +37,7 @@ _Command = Annotated[
         "--command",
         help='Program that reads a prompt on its standard input and writes the answer: "llm -m x". No shell takes part.',
         show_default=False,
+        hide_input=True,  # it may hold a key
     ),
 ]
 _Units = Annotated[list[int], typer.Option("--unit", min=0, help="Number of a unit; repeatable.", show_default=False)]
@@ -43,7 +45,13 @@ _Kind = Annotated[str, typer.Option(help="What a unit is: latent, expert, neuron
 _Layer = Annotated[
     int | None, typer.Option(min=0, help="Layer of experts, neurons and heads, from 0.", show_default="none")
 ]
-_Describer = Annotated[str | None, typer.Option(help="The name that is stored.", show_default="the command")]
+_Describer = Annotated[
+    str | None,
+    typer.Option(
+        help="The name that is stored; of one program with several models, a name each.",
+        show_default="the command's first word",
+    ),
+]
 _Scores = Annotated[
     list[str] | None,
     typer.Option("--score", help="detection, fuzzing or causal; repeatable.", show_default="the first two"),
@@ -93,7 +101,13 @@ def describe(
         raise InputError(f"there is no store at {store}", fix="name it with --store")
     if dry_run:
         tell_plan(
-            store, run=run, saes=[] if sae is None else [sae], model=model, json=json, units=len(unit), command=command
+            store,
+            run=run,
+            saes=[] if sae is None else [sae],
+            model=model,
+            json=json,
+            units=len(unit),
+            command=_program(command),
         )
         return
     with Store(store) as opened:
@@ -120,7 +134,7 @@ def describe(
             check_belongs(autoencoder, live)
         outcome = write(
             opened, found, complete=complete, units=unit, unit_kind=unit_kind, sae=autoencoder, layer=layer, block=block,  # type: ignore[arg-type]  # checked there
-            describer=describer or command, scores=score if score is not None else ("detection", "fuzzing"), model=live,  # type: ignore[arg-type]  # checked there
+            describer=describer or _program(command), scores=score if score is not None else ("detection", "fuzzing"), model=live,  # type: ignore[arg-type]  # checked there
             examples=examples, judged=judged, width=width, again=again, seed=seed, progress=not json,
         )  # fmt: skip
     if json:
@@ -130,6 +144,11 @@ def describe(
     for note in outcome.notes:
         news(note)
     news(f"{outcome.calls:,} prompts, {outcome.retries:,} of them again")
+
+
+def _program(command: str) -> str:
+    """The first word of a command; those behind it may hold a key, and are neither printed nor stored."""
+    return shlex.split(command)[0]
 
 
 def _print(outcome: Descriptions) -> None:

@@ -24,7 +24,7 @@ from moescope.cli.flags import (
     Seed,
     Trust,
 )
-from moescope.cli.output import as_json, facts, news, printable, table
+from moescope.cli.output import as_json, facts, news, printable, said, table
 from moescope.cli.sae.asked import check_documents, tell_plan
 from moescope.core.errors import InputError
 
@@ -173,7 +173,7 @@ def _numbers(text: str | None, what: str) -> list[int] | None:
 
 
 def _print(name: str, result: Result) -> None:
-    typer.echo(f"\n{printable(result.title)}\n{printable(result.subtitle())}\n")
+    said(f"\n{printable(result.title)}\n{printable(result.subtitle())}\n")
     frame = result.df()
     if name in ("writes", "gates"):
         main = {"writes": "writes in excess", "gates": "moves the logit"}[name]

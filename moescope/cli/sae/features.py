@@ -11,7 +11,7 @@ import typer
 from moescope.cli.completion import autoencoder_names
 from moescope.cli.export import only_run
 from moescope.cli.flags import InStore, Json, OneRun, Output
-from moescope.cli.output import as_json, facts, news, printable, table
+from moescope.cli.output import as_json, facts, news, printable, said, table
 from moescope.core.errors import InputError
 
 if TYPE_CHECKING:
@@ -75,7 +75,7 @@ def features(
 
 
 def _list(result: Result) -> None:
-    typer.echo(f"{printable(result.title)}\n{printable(result.subtitle())}\n")
+    said(f"{printable(result.title)}\n{printable(result.subtitle())}\n")
     rows = [
         [
             int(r.feature), f"{r.value:.3%}", _number(r.maximum), _text(r.label), _number(r.lift),
@@ -84,14 +84,14 @@ def _list(result: Result) -> None:
         for r in result.df().itertuples()
     ]  # fmt: skip
     table(["latent", "of tokens", "maximum", "label", "lift", "rule", "score", "by chance"], rows)
-    typer.echo("")
+    said("")
     facts(result.facts())
 
 
 def _card(result: Result, top: int) -> None:
     """Examples, words, labels and other latents, a table each."""
     frame = result.df()
-    typer.echo(f"{printable(result.title)}\n{printable(result.subtitle())}\n")
+    said(f"{printable(result.title)}\n{printable(result.subtitle())}\n")
     examples = _part(frame, "example").head(top)
     rows = [[int(r.stratum), _number(r.value), _text(r.label), r.text] for r in examples.itertuples()]
     table(["quantile", "activation", "label", "text"], rows)
@@ -100,10 +100,10 @@ def _card(result: Result, top: int) -> None:
         ("lowered", ["lowers", "logits"]),
     ):
         if len(words := _part(frame, part)):
-            typer.echo("")
+            said("")
             table(columns, [[r.text, _number(r.value)] for r in words.itertuples()])
     if len(labels := _part(frame, "label")):
-        typer.echo("")
+        said("")
         cells = [
             [_text(r.label), _number(r.value), _number(r.ci_low), _number(r.ci_high), _number(r.q)]
             for r in labels.itertuples()
@@ -111,7 +111,7 @@ def _card(result: Result, top: int) -> None:
         table(["label", "lift", "low", "high", "q"], cells)
     links = frame[frame["part"].isin(["cosine", "coactivation", "family", "split"])]
     if len(links):
-        typer.echo("")
+        said("")
         linked: list[list[Any]] = [
             [
                 r.part if r.role is None else f"{r.part}: {r.role}",
@@ -123,7 +123,7 @@ def _card(result: Result, top: int) -> None:
             for r in links.itertuples()
         ]
         table(["link", "latent", "of", "value", "by chance"], linked)
-    typer.echo("")
+    said("")
     facts(result.facts())
 
 

@@ -26,7 +26,7 @@ from moescope.cli.flags import (
     Trust,
     UseModel,
 )
-from moescope.cli.output import as_json, facts, news, printable, table
+from moescope.cli.output import as_json, facts, news, printable, said, table
 from moescope.cli.sae.asked import check_documents, tell_plan
 from moescope.core.errors import InputError
 
@@ -155,7 +155,7 @@ def _print(result: Result) -> None:
         for name in ("pca_topk", "pca", "random_decoder", "random_direction", "shuffled", "mean", "zero")
         if _has(frame, name)
     ]
-    typer.echo(f"{printable(result.title)}\n{printable(result.subtitle())}\n")
+    said(f"{printable(result.title)}\n{printable(result.subtitle())}\n")
     rows = []
     for metric in _SHOWN:
         part = frame[frame["metric"] == metric].set_index("condition")
@@ -165,7 +165,7 @@ def _print(result: Result) -> None:
             others = [_number(part["value"].get(name)) for name in conditions]
             rows.append([metric, _number(own["value"]), span, *others, str(own["unit"])])
     table(["measure", "autoencoder", "95 % interval", *conditions, "unit"], rows)
-    typer.echo("")
+    said("")
     facts({name: text for name, text in result.facts().items() if name in ("Sample", "Interval", "Notes")})
 
 

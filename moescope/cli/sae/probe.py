@@ -10,7 +10,7 @@ import typer
 
 from moescope.cli.export import only_run
 from moescope.cli.flags import DryRun, InStore, Json, OneRun, Seed, UseSae
-from moescope.cli.output import as_json, facts, news, table
+from moescope.cli.output import as_json, facts, news, said, table
 from moescope.cli.sae.asked import tell_plan
 from moescope.core.errors import InputError
 
@@ -119,7 +119,7 @@ def _print(outcome: SparseProbes) -> None:
             "trained on": outcome.train, "tested on": f"{outcome.test:,}, of {outcome.test_documents:,} documents",
         }
     )  # fmt: skip
-    typer.echo("")
+    said("")
     shown: dict[str, list[object]] = {}
     for row in outcome.rows:
         if row["metric"] != "F1":

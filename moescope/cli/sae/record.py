@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -133,7 +134,8 @@ def read_count(text: str) -> int:
         (2000000, 1500, 700)
     """
     found = _COUNT.fullmatch(text.strip().replace(",", "").replace("_", ""))
-    count = int(float(found[1]) * _THOUSANDS[found[2].lower()]) if found else 0
+    amount = float(found[1]) * _THOUSANDS[found[2].lower()] if found else 0.0
+    count = int(amount) if math.isfinite(amount) else 0
     if count < 1:
         raise InputError("--tokens is a number of tokens", expected="500k, 2M, 1500000, …", found=repr(text))
     return count

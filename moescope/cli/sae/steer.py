@@ -33,7 +33,7 @@ from moescope.cli.flags import (
     UseSae,
 )
 from moescope.cli.intervene.asked import asked_intervention
-from moescope.cli.output import as_json, facts, news, printable, table
+from moescope.cli.output import as_json, facts, news, printable, said, table
 from moescope.cli.sae.asked import tell_plan
 from moescope.core.errors import InputError
 
@@ -382,7 +382,7 @@ def _print(answer: Result) -> None:
         controls = "—" if row.control_low != row.control_low else f"{row.control_low:.3g} to {row.control_high:.3g}"
         unit = answer.units.get(f"value[{row.metric}]", "")
         rows.append([f"{row.strength:g}", str(row.metric), f"{row.value:.4g}{bounds}", controls, unit, int(row.n)])
-    typer.echo(f"{printable(answer.title)}\n{printable(answer.subtitle())}\n")
+    said(f"{printable(answer.title)}\n{printable(answer.subtitle())}\n")
     table(["strength", "", "steered (95 %)", "controls", "unit", "n"], rows)
-    typer.echo("")
+    said("")
     facts(answer.facts())

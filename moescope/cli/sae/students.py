@@ -27,7 +27,7 @@ from moescope.cli.flags import (
     Trust,
     UseSae,
 )
-from moescope.cli.output import as_json, facts, news, printable, table
+from moescope.cli.output import as_json, facts, news, printable, said, table
 from moescope.cli.profile import check_report
 from moescope.cli.sae.asked import tell_plan
 from moescope.core.errors import InputError
@@ -137,7 +137,7 @@ def _numbers(flag: str, text: str, kind: type[int] | type[float]) -> list[Any]:
 
 
 def _print(result: Result) -> None:
-    typer.echo(f"{printable(result.title)}\n{printable(result.subtitle())}\n")
+    said(f"{printable(result.title)}\n{printable(result.subtitle())}\n")
     frame = result.df().astype({"experts": object, "router_rank": object})
     table(
         ["student", "inputs", "active", "share", "metric", "value", "95 % interval", "control"],
@@ -150,7 +150,7 @@ def _print(result: Result) -> None:
             for r in frame.itertuples()
         ],
     )  # fmt: skip
-    typer.echo("")
+    said("")
     facts(result.facts())
 
 

@@ -26,7 +26,7 @@ from moescope.cli.flags import (
     TextField,
     Trust,
 )
-from moescope.cli.output import as_json, facts, news, printable
+from moescope.cli.output import as_json, facts, news, printable, said
 from moescope.cli.profile import check_report
 from moescope.core.errors import InputError
 
@@ -158,5 +158,5 @@ def _tell(rows: list[dict[str, Any]], answers: list[Any], results: Any, *, json:
         return
     show_saes(rows)
     for result in results:
-        typer.echo(f"\n{printable(result.title)}\n{printable(result.subtitle())}")
+        said(f"\n{printable(result.title)}\n{printable(result.subtitle())}")
         facts({k: v for k, v in result.facts().items() if k in ("Sample", "Interval", "Chance level", "Notes")})

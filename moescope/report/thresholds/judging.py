@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -30,6 +31,7 @@ class Verdict:
         where: what that number is about.
         rows, over: how many numbers the rule is about, and how many break it.
         detail: what else a reader must know, as why it is an error.
+        incomplete: name of the baseline, where that is not complete.
     """
 
     rule: Rule
@@ -41,6 +43,7 @@ class Verdict:
     rows: int = 0
     over: int = 0
     detail: str = ""
+    incomplete: str = ""
 
     def data(self) -> dict[str, Any]:
         """As JSON data."""
@@ -56,43 +59,50 @@ class Verdict:
             "rows": self.rows,
             "over": self.over,
             "detail": self.detail,
+            "incomplete": self.incomplete,
             "line": self.rule.line,
         }
 
 
-def judge(rules: Rules, runs: Sequence[Run], *, known: Sequence[Run] = ()) -> tuple[Verdict, ...]:
+def judge(rules: Rules, runs: Sequence[Run]) -> tuple[Verdict, ...]:
     """Judge every rule for every run that it is about.
 
     Args:
         rules: read with `read_rules`.
         runs: what is judged; the baseline is among them or in the first one's store. Without a baseline named, the first
             run is it where there are several.
-        known: more runs that a baseline may be.
     """
     answers: dict[tuple[str, ...], Result | InputError] = {}
     verdicts: list[Verdict] = []
     for rule in rules.rules:
         two = analyses[rule.analysis].runs == 2
         try:
-            baseline = _baseline(rule, rules, runs, known) if two or rule.of_change else None
+            baseline = _baseline(rule, rules, runs) if two or rule.of_change else None
         except InputError as wrong:
             verdicts.append(Verdict(rule, "", "error", bound=rule.bound, detail=str(wrong)))
             continue
         chosen = [
             (run, label)
             for run, label in zip(runs, labels_of(runs), strict=True)
-            if (not rule.run or run.name in rule.run) and not (baseline is not None and _same(run, baseline))
+            if (not rule.run or {run.name, label} & set(rule.run))
+            and not (baseline is not None and _same(run, baseline))
         ]
-        if not chosen:
-            why = (
-                f"of the runs judged none is called {' or '.join(rule.run)}"
-                if rule.run
-                else "no run besides the baseline"
-            )
-            verdicts.append(Verdict(rule, "", "error", bound=rule.bound, detail=why))
-        for run, label in chosen:
-            verdicts.append(_verdict(rule, run, label, baseline, answers))
+        known = {run.name for run in runs} | set(labels_of(runs))
+        absent = [f"of the runs judged none is called {name}" for name in rule.run if name not in known]
+        if not chosen and not absent:
+            absent = ["no run besides the baseline"]
+        verdicts += [Verdict(rule, "", "error", bound=rule.bound, detail=why) for why in absent]
+        verdicts += [_marked(_verdict(rule, run, label, baseline, answers), baseline) for run, label in chosen]
     return tuple(verdicts)
+
+
+def _marked(verdict: Verdict, baseline: Run | None) -> Verdict:
+    """A verdict that says so where its baseline is not whole."""
+    if baseline is None or baseline.complete:
+        return verdict
+    said = f"baseline {baseline.name} is incomplete"
+    detail = f"{verdict.detail}; {said}" if verdict.detail else said
+    return dataclasses.replace(verdict, detail=detail, incomplete=baseline.name)
 
 
 def exit_code(verdicts: Sequence[Verdict]) -> int:
@@ -105,7 +115,7 @@ def _same(run: Run, other: Run) -> bool:
     return run.run_id == other.run_id
 
 
-def _baseline(rule: Rule, rules: Rules, runs: Sequence[Run], known: Sequence[Run]) -> Run:
+def _baseline(rule: Rule, rules: Rules, runs: Sequence[Run]) -> Run:
     name = rule.baseline or rules.baseline
     if name is None:
         if len(runs) < 2:
@@ -113,10 +123,13 @@ def _baseline(rule: Rule, rules: Rules, runs: Sequence[Run], known: Sequence[Run
                 "the rule needs a baseline run", fix="name one: baseline: NAME, in the rule or above the rules"
             )
         return runs[0]
-    for run, label in zip([*runs, *known], labels_of([*runs, *known]), strict=True):
+    for run, label in zip(runs, labels_of(runs), strict=True):
         if name in (run.name, label):
             return run
-    return runs[0].store.run(name)
+    try:
+        return runs[0].store.run(name)
+    except InputError as gone:  # which names the store and what else is in it: both may change, and a check compares
+        raise InputError(f"the first run's store has no run called {name!r}") from gone
 
 
 def _verdict(rule: Rule, run: Run, label: str, baseline: Run | None, answers: dict[Any, Any]) -> Verdict:
@@ -188,6 +201,8 @@ def _matching(rule: Rule, result: Result) -> list[dict[str, Any]]:
 
 
 def _equal(wanted: Any, found: Any) -> bool:
+    if isinstance(wanted, bool) != isinstance(found, bool) and not isinstance(wanted, str):
+        return False  # True == 1
     return bool(wanted == found or (isinstance(wanted, str) and wanted == str(found)))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 from collections.abc import Mapping
@@ -11,6 +12,7 @@ from typing import Any, Literal
 
 from moescope.core.analysis import Analysis, analyses
 from moescope.core.errors import InputError
+from moescope.core.text import whole_characters
 from moescope.report.thresholds.yaml_lines import Lines, read_yaml
 
 Missing = Literal["error", "skip"]
@@ -159,7 +161,7 @@ def _rule(path: str | Path, entry: Any, lines: Lines, number: int) -> Rule:
 def _value(path: str | Path, key: str, value: Any, line: int) -> Any:
     """One value of a rule, checked."""
     if key in ("name", "analysis", "metric", "judge", "baseline"):
-        if isinstance(value, str) and value.strip():
+        if isinstance(value, str) and value.strip() and _is_whole(value):
             return value
         raise _wrong(path, line, f"{key} is text", found=repr(value))
     if key == "missing":
@@ -168,14 +170,28 @@ def _value(path: str | Path, key: str, value: Any, line: int) -> Any:
         raise _wrong(path, line, "missing is error or skip", found=repr(value))
     if key == "run":
         runs = value if isinstance(value, list) else [value]
-        if runs and all(isinstance(run, str) for run in runs):
+        if runs and all(isinstance(run, str) and _is_whole(run) for run in runs):
             return tuple(runs)
         raise _wrong(path, line, "run is the name of a run, or a list of names", found=repr(value))
     if key == "where":
         if isinstance(value, dict) and value:
-            return {str(k): tuple(v) if isinstance(v, list) else (v,) for k, v in value.items()}
+            wanted = {str(k): tuple(v) if isinstance(v, list) else (v,) for k, v in value.items()}
+            if odd := [one for k, values in wanted.items() for one in (k, *values) if not _is_selector(one)]:
+                raise _wrong(path, line, "where takes text, finite numbers, true or false", found=repr(odd[0]))
+            return wanted
         raise _wrong(path, line, "where is a mapping of column to value, or to a list of values", found=repr(value))
     return _bound(path, key, value, line)
+
+
+def _is_selector(value: Any) -> bool:
+    """Whether a cell of a table can be equal to it, and JSON can hold it."""
+    if isinstance(value, str):
+        return _is_whole(value)
+    return value is None or isinstance(value, (bool, int)) or (isinstance(value, float) and math.isfinite(value))
+
+
+def _is_whole(text: str) -> bool:
+    return whole_characters(text) == text
 
 
 def _bound(path: str | Path, key: str, value: Any, line: int) -> float | str:
@@ -186,9 +202,12 @@ def _bound(path: str | Path, key: str, value: Any, line: int) -> float | str:
             share = math.nan
         if math.isfinite(share) and share >= 0:
             return f"{share:g} %"
-    number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-    if number and (key not in _CHANGES or value >= 0):
-        return float(value)
+    number = math.nan
+    if isinstance(value, (int, float, str)) and not isinstance(value, bool):  # YAML 1.1 takes 1e3 for text
+        with contextlib.suppress(ValueError, OverflowError):
+            number = float(value)
+    if math.isfinite(number) and (key not in _CHANGES or number >= 0):
+        return number
     expected = "a number of at least 0, or a share of the baseline like 5 %" if key in _CHANGES else "a number"
     raise _wrong(path, line, f"{key} cannot be {value!r}", expected=expected)
 
@@ -205,6 +224,8 @@ def _parameters(
         if key not in known:
             listing = ", ".join(known) or "none"
             raise _wrong(path, line, f"{analysis.name} has no parameter {key!r}", expected=listing)
+        if isinstance(value, str) and not _is_whole(value):
+            raise _wrong(path, line, f"{key} is text", found=repr(value))
         try:
             parsed[key] = known[key].parse(value)
         except InputError as wrong:
