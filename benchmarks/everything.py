@@ -71,7 +71,7 @@ def main() -> None:
     if unknown := [name for name in wanted if name not in known]:
         sys.exit(f"there is no benchmark {', '.join(unknown)}. Expected: {', '.join(known)}.")
     ran = [_run(known[name], given.size) for name in wanted or known]
-    page = _page(ran, given.size)
+    page = _page(ran, given.size, given.only)
     partial = given.out.with_suffix(".partial")
     partial.write_text(page, encoding="utf-8")
     partial.replace(given.out)
@@ -100,11 +100,15 @@ def _run(benchmark: Benchmark, size: str) -> Ran:
     return Ran(benchmark, f"python benchmarks/{benchmark.file} {shown}".strip(), done.stdout, error, seconds, load)
 
 
-def _page(ran: list[Ran], size: str) -> str:
+def _page(ran: list[Ran], size: str, only: str) -> str:
+    some = f" --only {only}" if only else ""
+    left_out = [one.title for one in BENCHMARKS if one not in [done.benchmark for done in ran]]
     parts = [
         "# Benchmarks\n\n"
-        f"Written by `make bench` (`benchmarks/everything.py --size {size}`). Times are of the machine below and of its load then;"
-        " ratios, taken in turn in one process, carry over better than seconds.\n",
+        f"Written by `make bench` (`benchmarks/everything.py --size {size}{some}`). Times are of the machine below and of its load then;"
+        " ratios, taken in turn in one process, carry over better than seconds."
+        + (f" Not run for this page: {', '.join(left_out)}." if left_out else "")
+        + "\n",
         _table(("the machine", ""), list(machine().items())),
     ]
     for one in ran:
