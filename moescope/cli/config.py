@@ -109,7 +109,9 @@ def _value(path: Path, entry: Entry, flag: Flag) -> Any:
         )
     if flag.values > 1 and len(given) != flag.values:
         raise _wrong(path, entry, f"a list of {flag.values}")
-    raws = entry.raw if isinstance(entry.value, list) else [entry.raw]
+    raws = entry.raw if isinstance(entry.raw, list) else [entry.raw]
+    if len(raws) != len(given):  # a tag made a list of what is not written as one
+        raise _wrong(path, entry, "a list such as [a, b]" if several else _word(flag))
     read = [
         _one(path, replace(entry, value=value, raw=raw), flag, raw)  # messages show the part that is wrong
         for value, raw in zip(given, raws, strict=True)

@@ -224,7 +224,7 @@ def _draw(result: Result) -> go.Figure:
         rows=1,
         cols=max(1, len(shown)),
         horizontal_spacing=0.08,
-        subplot_titles=[f"{plain(n)}<br><sup>{plain(units[n])}</sup>" for n in shown],
+        subplot_titles=[f"{plain(n)}<br>({plain(units[n])})" for n in shown],
     )
     for number, metric in enumerate(shown):
         part = frame[frame["metric"] == metric]

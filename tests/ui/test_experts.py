@@ -63,14 +63,14 @@ def test_a_row_and_a_cell_open_the_expert_card_and_its_count_leads_to_the_tokens
     browser.open(moe[0] + "/experts?run=planted", READY)
     name = browser.wait(FIRST)
     browser.click("#expert-grid .ag-row [col-id=name]")
-    assert browser.wait(CARD) == name
+    assert browser.wait(CARD + f" === '{name}'")
     browser.js("document.querySelector('.detail .mantine-Drawer-close').click()")
     browser.wait("location.search === '?run=planted' && !document.querySelector('.detail-title')?.offsetParent")
     hover(browser, 0.62, 0.75, "L1·E2")
     time.sleep(1)  # the map had another width while the panel was open
     hover(browser, 0.62, 0.75, "L1·E2")
     click(browser)
-    assert browser.wait(CARD) == "L1·E2"
+    assert browser.wait(CARD + " === 'L1·E2'"), "the closed panel keeps its last card until the next one is there"
     assert browser.js("location.search") == "?run=planted&layer=1&expert=2"
     count = browser.js("document.querySelector('.detail .card-detail').textContent.split(' of ')[0]")
     browser.js("document.querySelector('.detail .card-link').click()")
@@ -121,7 +121,7 @@ def test_arrow_keys_move_the_cell_and_enter_opens_its_card(browser: Any, moe: tu
         )[0][0]
     browser.wait(LINE + f".startsWith('L1·E{second} · ')")
     keys(browser, "ENTER")
-    assert browser.wait(CARD) == f"L1·E{second}"
+    assert browser.wait(CARD + f" === 'L1·E{second}'")
     browser.wait("document.querySelector('#atlas .atlas-selected').checkVisibility()")
 
 

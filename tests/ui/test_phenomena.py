@@ -70,14 +70,14 @@ def test_the_chain_is_told_in_words_and_a_row_of_a_head_opens_its_card_and_the_l
     into_view(browser, "#head-table", ROWS)
     name = browser.js("document.querySelector('#head-grid .ag-row[row-index=\"0\"] [col-id=name]').textContent")
     browser.click("#head-grid .ag-row[row-index='0'] [col-id=name]")
-    assert browser.wait(CARD) == name
+    assert browser.wait(CARD + f" === '{name}'")
     layer, head = name[1:].split("·H")
     assert browser.js("location.search") == f"?run=full&layer={layer}&head={head}"
     browser.js("document.querySelector('#mask-in-lab').click()")
     browser.wait("location.pathname === '/lab'")
     assert f"edits=mask_head+layer={layer}+heads={head}" in browser.js("location.search")
     browser.js("history.back()")
-    assert browser.wait(CARD) == name
+    assert browser.wait(CARD + f" === '{name}'")
     browser.js("document.querySelector('.detail .mantine-Drawer-close').click()")
     browser.wait(f"!location.search.includes('head=') && !({CARD})")
 
@@ -95,7 +95,7 @@ def test_another_score_is_in_the_address_and_a_shared_link_shows_it(browser: Any
     chosen = browser.js("document.querySelector('.phenomena-page .controls input').value")
     assert chosen == "Induction score"
     press(browser, "[data-panel=headmap] .nsewdrag", 0.99, 0.99)
-    assert browser.wait(CARD) == "L2·H3"
+    assert browser.wait(CARD + " === 'L2·H3'")
     assert browser.js("location.search") == "?run=full&measure=induction&layer=2&head=3"
 
 
