@@ -101,13 +101,14 @@ FAMILIES: dict[str, tuple[str, str, dict[str, Any]]] = {
 MOE_FAMILIES = ("qwen3_moe", "olmoe", "mixtral", "qwen2_moe", "deepseek_v3")
 
 
-# Part of the suite → folders and files that belong to it, and the minutes on two cores that it may take without slow tests.
+# Part of the suite → folders and files that belong to it (the longest name that fits decides), and the minutes on two cores
+# that it may take without slow tests. Workers need an extra, and examples are of every package, so they are no spine.
 PARTS: dict[str, tuple[tuple[str, ...], float]] = {
     "families": (("parity/", "probes/families/", "probes/test_attention_every_family.py"), 3),
     "store": (("store/",), 3),
     "pages": (("ui/", "dashboard/"), 4),
     "spine": (("core/", "cli/", "probes/", "test_"), 3),
-    "the rest": (("",), 5),
+    "the rest": (("", "probes/workers/", "test_docstrings.py"), 5),
 }
 _EVERY_FAMILY = ("parity/test_every_family.py", *PARTS["families"][0][1:], "probes/edits/test_edit_families.py")
 _PREFERRED = ("deepseek_v3", "qwen3_moe", "mixtral", "deepseek_v2", "gpt_oss", "glm4_moe")
@@ -141,14 +142,18 @@ def _inside(nodeid: str) -> str:
     return nodeid.removeprefix("tests/")
 
 
+def _part(inside: str) -> str:
+    fitting = [(len(place), name) for name, (places, _) in PARTS.items() for place in places if inside.startswith(place)]
+    return max(fitting)[1]
+
+
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
     """How many minutes of the machine each part of the suite took, beside what it may take."""
     took = dict.fromkeys(PARTS, 0.0)
     for reports in terminalreporter.stats.values():
         for report in reports:
             if isinstance(report, pytest.TestReport):
-                part = next(name for name, (places, _) in PARTS.items() if _inside(report.nodeid).startswith(places))
-                took[part] += report.duration
+                took[_part(_inside(report.nodeid))] += report.duration
     workers = getattr(config.option, "numprocesses", None) or 1
     if sum(took.values()) > 60:
         told = (f"{part} {seconds / workers / 60:.1f} (of {PARTS[part][1]:g})" for part, seconds in took.items())

@@ -78,9 +78,9 @@ def router_margin(
     frame = pd.concat(
         [
             mean_rows(found, parameters, metric=metric, total=total, count="n", draws=draws, seed=seed).assign(
-                null=null
+                null=np.nan  # 0 is the least a margin can be: no decision of any router is there, so it is no chance level
             )
-            for metric, total, null in (("margin", "margin", 0.0), ("near-ties", "ties", 1.0))
+            for metric, total in (("margin", "margin"), ("near-ties", "ties"))
         ]
     )
     return Result(
@@ -97,7 +97,7 @@ def router_margin(
             "value[near-ties]": "share of tokens",
         },
         interval=percentile_interval(parameters, draws),
-        null="a router that scores all experts alike: margin 0, every token a near-tie",
+        null="none: a router that scores all experts alike would have margin 0 and near-ties alone, which is a bound, not chance",
         sql=_MARGIN,
         sql_parameters={"run": run.run_id, **parameters},
         computation="ratio of sums over documents",
@@ -116,6 +116,6 @@ def _margin_title(frame: pd.DataFrame, by: By, tie: float) -> str:
 def _draw_margin(result: Result) -> go.Figure:
     frame = result.df()
     if group_column(frame) is None:
-        return panels(frame, {"margin": "score", "near-ties": "share of tokens"}, null_name="no preference: 0, all")
+        return panels(frame, {"margin": "score", "near-ties": "share of tokens"}, null_name="")
     part = frame[frame["metric"] == "near-ties"]
     return group_grid(part, part["value"].to_numpy(), colorbar="near-ties (share of tokens)")

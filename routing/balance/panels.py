@@ -26,7 +26,7 @@ def panels(frame: pd.DataFrame, metrics: Mapping[str, str], *, null_name: str) -
     Args:
         frame: columns layer, block, metric, value, ci_low, ci_high, null.
         metrics: what to show → its unit; those without rows are left out.
-        null_name: what the chance level is called in the legend.
+        null_name: what the chance level is called in the legend; not read where no metric has one.
     """
     from plotly.subplots import make_subplots
 
@@ -105,8 +105,9 @@ def group_grid(part: pd.DataFrame, values: NDArray[np.float64], *, colorbar: str
         y=[plain(str(name)) for name in names],
         customdata=fields,
         colorbar=colorbar,
-        hover="%{x} · %{y}<br>" + metric + " %{customdata[0]:.4g} [%{customdata[1]:.4g}, %{customdata[2]:.4g}]"
-        "<br>by chance %{customdata[3]:.4g}, n = %{customdata[4]:,.0f}",
+        hover=f"%{{x}} · %{{y}}<br>{metric} %{{customdata[0]:.4g}} [%{{customdata[1]:.4g}}, %{{customdata[2]:.4g}}]<br>"
+        + ("by chance %{customdata[3]:.4g}, " if part["null"].notna().any() else "")
+        + "n = %{customdata[4]:,.0f}",
     )
     figure.update_xaxes(title="layer")
     figure.update_yaxes(title=column)

@@ -36,6 +36,16 @@ _FLAGS = (
 )
 
 
+_SETTLED = """
+return (() => {
+  if (!document.querySelector('.page-title')) return false;
+  const state = window.store.getState();
+  const busy = ['prioritized', 'requested', 'blocked', 'executing', 'watched'].some((kind) => state.callbacks[kind].length);
+  return !busy && !state.isLoading && !document.querySelector('[data-dash-is-loading=true]');
+})()
+"""
+
+
 class Browser:
     """A browser that remembers what its pages asked for and complained about."""
 
@@ -73,6 +83,10 @@ class Browser:
                 return value
             time.sleep(0.02)
         raise AssertionError(f"never true: {script}\npage: {self.js('return document.body.innerText')[:800]}")
+
+    def settle(self, seconds: float = 90) -> None:
+        """Wait until the page's heading is there and no callback is waited for."""
+        self.wait(_SETTLED, seconds)
 
     def js(self, script: str, *arguments: Any, seconds: float = 10) -> Any:
         """What a script gives; one that meets something not there yet is asked again, as a person would look again."""

@@ -26,16 +26,6 @@ KINDS = (
     "empty",
 )
 
-# The page's heading is there, and no callback is waited for.
-SETTLED = """
-return (() => {
-  if (!document.querySelector('.page-title')) return false;
-  const state = window.store.getState();
-  const busy = ['prioritized', 'requested', 'blocked', 'executing', 'watched'].some((kind) => state.callbacks[kind].length);
-  return !busy && !state.isLoading && !document.querySelector('[data-dash-is-loading=true]');
-})()
-"""
-
 
 def _planted_routing() -> ModuleType:
     path = Path(__file__).parents[1] / "routing" / "planted.py"
@@ -82,7 +72,7 @@ def addresses(serve_store: Callable[..., Any], plan: Any, plant: Any, moe: tuple
 def _opened(browser: Any, url: str) -> float:
     """Open a page and wait until all it asked for is there; seconds to its heading."""
     seconds: float = browser.open(url, "document.querySelector('.page-title')")
-    browser.wait(SETTLED, 120)
+    browser.settle(120)
     return seconds
 
 
@@ -91,16 +81,35 @@ def _scroll_through(browser: Any) -> None:
     height = browser.js("document.documentElement.scrollHeight")
     for top in range(0, min(height, 12_000), 700):
         browser.js(f"window.scrollTo(0, {top}); return 1")
-        browser.wait(SETTLED, 90)
+        browser.settle()
+
+
+def _names_what_it_shows(browser: Any, path: str) -> None:
+    """Title, heading and a name for each control."""
+    page = next(p for p in pages if p.path == path)
+    assert browser.js("document.title") == f"{page.name} · moescope"
+    assert browser.js("[...document.querySelectorAll('h1')].map((h) => h.textContent)") == [page.name]
+    unnamed = browser.js(
+        """
+        return [...document.querySelector('#page').querySelectorAll(
+            'button, input:not([type=hidden], [type=file]), textarea, select, a')]
+          .filter((e) => e.offsetParent !== null && !e.closest('.modebar, .ag-root-wrapper, [aria-hidden=true]'))
+          .filter((e) => e.tabIndex >= 0 && !(e.textContent || e.getAttribute('aria-label') || e.getAttribute('aria-labelledby') || e.title
+            || (e.labels && e.labels.length) || e.placeholder))
+          .map((e) => e.outerHTML.slice(0, 200))
+        """
+    )
+    assert unnamed == []
 
 
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_page_loads_quietly_and_asks_no_one_else(
+def test_a_page_loads_quietly_names_its_parts_and_asks_no_one_else(
     browser: Any, addresses: dict[str, str], kind: str, path: str
 ) -> None:
     seconds = _opened(browser, addresses[kind] + path)
     TIMINGS.info("%s of a %s store: first text after %.2f s", path, kind, seconds)
+    _names_what_it_shows(browser, path)
     _scroll_through(browser)
     assert browser.complaints() == []
     own = (addresses[kind] + "/", "data:", "blob:", "about:")
@@ -116,25 +125,6 @@ def test_a_page_loads_quietly_and_asks_no_one_else(
     assert not run_is_shown or "incomplete run" in said
     without_runs = kind == "empty" and next(p for p in pages if p.path == path).needs_run
     assert not without_runs or "moescope profile demo --store" in said, "what to do to fill the store"
-
-
-@pytest.mark.parametrize("path", PATHS)
-def test_a_page_names_what_it_shows_and_each_control(browser: Any, addresses: dict[str, str], path: str) -> None:
-    _opened(browser, addresses["everything"] + path)
-    page = next(p for p in pages if p.path == path)
-    assert browser.js("document.title") == f"{page.name} · moescope"
-    assert browser.js("[...document.querySelectorAll('h1')].map((h) => h.textContent)") == [page.name]
-    unnamed = browser.js(
-        """
-        return [...document.querySelector('#page').querySelectorAll(
-            'button, input:not([type=hidden], [type=file]), textarea, select, a')]
-          .filter((e) => e.offsetParent !== null && !e.closest('.modebar, .ag-root-wrapper, [aria-hidden=true]'))
-          .filter((e) => e.tabIndex >= 0 && !(e.textContent || e.getAttribute('aria-label') || e.getAttribute('aria-labelledby') || e.title
-            || (e.labels && e.labels.length) || e.placeholder))
-          .map((e) => e.outerHTML.slice(0, 200))
-        """
-    )
-    assert unnamed == []
 
 
 def test_the_pages_are_those_that_were_promised() -> None:

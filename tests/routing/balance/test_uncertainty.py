@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from moescope.analysis_api import analyze
 from moescope.core.errors import InputError
+from moescope.routing.findings import finding
 from moescope.store.run import Run
 
 Plant = Callable[..., Run]
@@ -127,6 +128,16 @@ def test_layers_of_different_size_have_their_own_bounds(plant: Plant, planted: M
     assert nulls[0, "entropy of the chosen"] == 0
     assert nulls[3, "router entropy"] == pytest.approx(math.log(8))
     assert nulls[3, "entropy of the chosen"] == pytest.approx(math.log(3))
+
+
+def test_a_margin_has_no_chance_level_and_is_not_ranked_by_its_bound(plant: Plant, planted: ModuleType) -> None:
+    generator = np.random.default_rng(0)
+    router = _router(planted, 60, margin=1 + generator.exponential(size=60))
+    run = plant(lengths=[10] * 6, labels=["a", "b"] * 3, routers=[router])
+    for by in ("layer", "label"):
+        result = analyze(run, "router_margin", by=by)
+        assert finding(result).verdict == "unjudged"
+        assert "chance" not in str(result.figure().to_dict())
 
 
 def test_missing_margins_are_refused_with_the_reason(plant: Plant, planted: ModuleType) -> None:
