@@ -143,7 +143,9 @@ def _inside(nodeid: str) -> str:
 
 
 def _part(inside: str) -> str:
-    fitting = [(len(place), name) for name, (places, _) in PARTS.items() for place in places if inside.startswith(place)]
+    fitting = [
+        (len(place), name) for name, (places, _) in PARTS.items() for place in places if inside.startswith(place)
+    ]
     return max(fitting)[1]
 
 
