@@ -110,10 +110,10 @@ def _edits(model: Any, batch: DeviceBatch, repeats: int) -> None:
     print()
 
 
-def _sweeps(model: Any, batches: list[Batch], rows: int) -> None:
+def _sweeps(model: Any, batches: list[Batch], pass_size: int) -> None:
     """The exact sweep beside whole passes, and beside the screening."""
     groups = list(grouped(every_expert(model.anatomy)))
-    begun, whole = SweepPasses(model, rows), SweepPasses(model, rows, resume=False)
+    begun, whole = SweepPasses(model, pass_size), SweepPasses(model, pass_size, resume=False)
     cost = cost_of(begun, groups, batches, draws=5)
     begun.run(groups[:1], batches[:1])
     screen(model, batches[:1])

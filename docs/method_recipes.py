@@ -49,7 +49,7 @@ _JUDGED = (
     "--live-tokens 512 --ablations 0"
 )
 _STEERED = (
-    'moescope sae steer demo --store runs.duckdb --base demo --sae study --latent 12=+5 --target " the" '
+    'moescope sae steer demo --store runs.duckdb --base demo --sae study --feature 12=+5 --target " the" '
     "--strengths 0,4 --controls 1"
 )
 _DESCRIBED = (
@@ -105,12 +105,12 @@ RECIPES: dict[str, Recipe] = {
         ("study",),
     ),
     "scaling": Recipe((_STUDY, _TRAINED, _JUDGED), ("study",)),
-    "value": Recipe((_PROFILE, f"{_SWEEP} --kind routing_value --draws 2"), ("demo",)),
+    "value": Recipe((_PROFILE, f"{_SWEEP} --kind routing_value --controls 2"), ("demo",)),
     "width": Recipe((_PROFILE, f"{_SWEEP} --kind top_k --numbers 1,4"), ("demo",)),
     "drop": Recipe(
-        (_PROFILE, f"{_SETS} --kind drop --score frequency --score REAP --shares 0.25,0.5 --draws 2"), ("demo",)
+        (_PROFILE, f"{_SETS} --kind drop --score frequency --score REAP --shares 0.25,0.5 --controls 2"), ("demo",)
     ),
-    "keep": Recipe((_PROFILE, f"{_SETS} --kind keep --score frequency --shares 0.25,0.5,0.75 --draws 2"), ("demo",)),
+    "keep": Recipe((_PROFILE, f"{_SETS} --kind keep --score frequency --shares 0.25,0.5,0.75 --controls 2"), ("demo",)),
     "experts": Recipe((_PROFILE, _SWEEP), ("demo",)),
 }
 

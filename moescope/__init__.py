@@ -88,14 +88,16 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
-    if name in ("edits", "sae"):
-        return importlib.import_module(f"moescope.{name}")
-    if name not in _HOME:
-        raise AttributeError(f"module 'moescope' has no attribute {name!r}; it has {', '.join(__all__)}")
-    value = getattr(importlib.import_module(_HOME[name]), name)
-    globals()[name] = value
-    return value
+if not TYPE_CHECKING:  # a type checker reads the imports above, so that it knows a name that is not there
+
+    def __getattr__(name: str) -> Any:
+        if name in ("edits", "sae"):
+            return importlib.import_module(f"moescope.{name}")
+        if name not in _HOME:
+            raise AttributeError(f"module 'moescope' has no attribute {name!r}; it has {', '.join(__all__)}")
+        value = getattr(importlib.import_module(_HOME[name]), name)
+        globals()[name] = value
+        return value
 
 
 def __dir__() -> list[str]:

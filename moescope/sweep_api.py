@@ -48,18 +48,18 @@ def sweep(
     numbers: Sequence[int] | None = None,
     across: Literal["layer", "model"] = "layer",
     highest: bool = False,
-    draws: int = 5,
+    controls: int = 5,
     intervention: Intervention | None = None,
     strengths: Sequence[float] = (0.25, 0.5, 1.0, 2.0),
     generate: int = 32,
     prompts: int = 16,
     screen: int | None = None,
-    sample: int = 16,
+    verify: int = 16,
     base: Run | str | None = None,
     sources: Mapping[str, Any] | None = None,
     batch_size: int | None = None,
     max_length: int | None = None,
-    rows: int | None = None,
+    pass_size: int | None = None,
     seed: int = 0,
     resume: bool = False,
     progress: bool = True,
@@ -86,16 +86,17 @@ def sweep(
         numbers: of experts a token, for `top_k`.
         across: whether experts compete in their layer or in the whole model, for `drop`.
         highest: take out the highest scores, for `drop`.
-        draws: random sets beside each set, or seeds of random routing.
+        controls: random sets beside each set, or seeds of random routing.
         intervention, strengths: for `dose`.
         generate, prompts: for `dose`, tokens written after each of so many prompts; 0 for none.
         screen: for `experts`, estimate all with one forward and one backward pass, and run only so many of the highest
             exactly; None to run all.
-        sample: with `screen`, so many of the others, at random, are run exactly too.
+        verify: with `screen`, so many of the others, at random, are run exactly too.
         base: the run of the unedited model, or its name; None to take one that fits, or to record one now.
         sources: name → autoencoder, for a `dose` of edits that go through one; those left out are loaded from the store.
         batch_size, max_length: of the plan; those of the base run by default.
-        rows: sequences a pass; as many as a batch has by default.
+        pass_size: pairs of an intervention and a sequence that share one edited pass; by default as many as a batch has
+            sequences.
         seed: of random sets, samples and intervals.
         resume: go on with the same sweep where it was stopped; one that is whole is answered from the store.
         progress: show how far it is, on stderr or in the notebook.
@@ -109,7 +110,7 @@ def sweep(
         >>> import tempfile, pathlib
         >>> import moescope as ms
         >>> with ms.Store(pathlib.Path(tempfile.mkdtemp()) / "runs.duckdb") as store:
-        ...     found = ms.sweep(ms.load("demo"), ["Hello world.", "It rains."], store, screen=4, sample=4, progress=False)
+        ...     found = ms.sweep(ms.load("demo"), ["Hello world.", "It rains."], store, screen=4, verify=4, progress=False)
         ...     found.name, int((found.df()["metric"] == "ΔNLL estimate").sum())
         ('expert_effects', 96)
     """
@@ -119,8 +120,8 @@ def sweep(
     loaded = Corpus.load(corpus)
     options = {
         "how": how, "layers": layers, "shares": shares, "numbers": numbers, "across": across, "highest": highest,
-        "draws": draws, "intervention": intervention, "strengths": strengths, "generate": generate, "prompts": prompts,
-        "screen": screen, "sample": sample, "seed": seed,
+        "controls": controls, "intervention": intervention, "strengths": strengths, "generate": generate, "prompts": prompts,
+        "screen": screen, "verify": verify, "seed": seed,
         "sources": with_autoencoders(model, store, [] if intervention is None else [intervention], sources),
     }  # fmt: skip
     request = _request(model, loaded, kind, scores, options)
@@ -129,7 +130,7 @@ def sweep(
     run = baseline(model, loaded, store, base=base, seed=seed, progress=progress, **sized)
     if kind in ("drop", "keep"):
         request = _request(model, loaded, kind, scores, options, run)
-    sweep_id = request.run(store, run, rows=rows, resume=resume, progress=progress)
+    sweep_id = request.run(store, run, pass_size=pass_size, resume=resume, progress=progress)
     return analyze(run, ANSWERS[kind], sweep=sweep_id, seed=seed)
 
 
@@ -141,13 +142,13 @@ def sweep_cost(
     scores: Any = "frequency",
     batch_size: int | None = None,
     max_length: int | None = None,
-    rows: int | None = None,
+    pass_size: int | None = None,
     **options: Any,
 ) -> SweepCost:
     """What a sweep would take, from a few timed passes; nothing is stored.
 
     Args:
-        model, corpus, kind, scores, batch_size, max_length, rows: as for `sweep`, and so are the options.
+        model, corpus, kind, scores, batch_size, max_length, pass_size: as for `sweep`, and so are the options.
 
     Raises:
         InputError: as `sweep`.
@@ -160,7 +161,7 @@ def sweep_cost(
     from moescope.probes.corpus import Corpus
 
     request = _request(model, Corpus.load(corpus), kind, scores, options)
-    return request.cost(batch_size=batch_size, max_length=max_length, rows=rows)
+    return request.cost(batch_size=batch_size, max_length=max_length, pass_size=pass_size)
 
 
 def _request(

@@ -62,7 +62,7 @@ class VectorPlan:
     Attributes:
         documents, left: of the corpus: recorded, and left over where the budget ends before it.
         tokens, sequences: of those recorded.
-        share: of the tokens whose vectors are kept.
+        sample: share of the tokens whose vectors are kept.
         stop_after: the last block that passes run; None where they run to their end.
         sites: cost of each.
         vectors: how many will be kept, all sites together, about.
@@ -75,7 +75,7 @@ class VectorPlan:
     left: int
     tokens: int
     sequences: int
-    share: float
+    sample: float
     stop_after: int | None
     sites: tuple[SiteCost, ...]
     vectors: int
@@ -95,7 +95,7 @@ def plan_vectors(
     *,
     sites: Sequence[str | Site] | str | Site,
     tokens: int | None = None,
-    share: float = 1.0,
+    sample: float = 1.0,
     batch_size: int = 8,
     max_length: int = 512,
     budget: str | int | None = None,
@@ -104,7 +104,7 @@ def plan_vectors(
     """What `record_vectors` would record with the same arguments, counted over the corpus; nothing is written.
 
     Args:
-        model, corpus, sites, tokens, share, batch_size, max_length, budget: as for `record_vectors`.
+        model, corpus, sites, tokens, sample, batch_size, max_length, budget: as for `record_vectors`.
         store: where the store lies or will lie.
         trial: run some batches, for at most about three seconds, to tell how long it would take.
 
@@ -117,7 +117,7 @@ def plan_vectors(
         store,
         sites=_sites(model, sites),
         tokens=tokens,
-        share=share,
+        sample=sample,
         batch_size=batch_size,
         max_length=max_length,
         budget=budget,
@@ -133,7 +133,7 @@ def record_vectors(
     sites: Sequence[str | Site] | str | Site,
     name: str | None = None,
     tokens: int | None = None,
-    share: float = 1.0,
+    sample: float = 1.0,
     batch_size: int = 8,
     max_length: int = 512,
     budget: str | int | None = None,
@@ -153,7 +153,7 @@ def record_vectors(
         sites: one or several; each vector of one forward pass is kept at all of them.
         name: of the run; None for the model's name with `-vectors`, numbered.
         tokens: at most so many: the recording ends with the last document that fits. None for the whole corpus.
-        share: of these tokens, whose vectors are kept: by hash(seed, sequence, position).
+        sample: share of these tokens whose vectors are kept: by hash(seed, sequence, position).
         batch_size: sequences a pass. On a CPU, 1 is fastest for documents of a few hundred tokens: nothing is padded.
         max_length: tokens of the longest sequence; longer documents are split.
         budget: bytes on disk, as `"2GB"` or a number: the recording ends earlier where it would take more.
@@ -189,7 +189,7 @@ def record_vectors(
         store.path,
         sites=read,
         tokens=tokens,
-        share=share,
+        sample=sample,
         batch_size=batch_size,
         max_length=max_length,
         budget=budget,
@@ -204,7 +204,7 @@ def record_vectors(
         name=chosen,
         probes=("tokens", "activations"),
         sites=read,
-        sample=share,
+        sample=sample,
         batch_size=batch_size,
         max_length=max_length,
         seed=seed,
@@ -228,20 +228,20 @@ def _planned(
     *,
     sites: Sequence[Site],
     tokens: int | None,
-    share: float,
+    sample: float,
     batch_size: int,
     max_length: int,
     budget: str | int | None,
     trial: bool,
 ) -> VectorPlan:
-    check_sizes(batch_size, max_length, 0, share, None)
+    check_sizes(batch_size, max_length, 0, sample, None)
     if tokens is not None and tokens < 1:
         raise InputError("tokens is how many to record", expected="1 or more", found=str(tokens))
     length = longest(model, max_length, 0)
     plan = BatchPlan(corpus, model.tokenizer, _COUNTING, length, model.anatomy.vocabulary)
     costs = _costs(model, plan, sites)
     facts = corpus.facts()
-    each = share * sum(cost.bytes_per_token for cost in costs) + _ROW_BYTES
+    each = sample * sum(cost.bytes_per_token for cost in costs) + _ROW_BYTES
     most = tokens
     if budget is not None:
         # A token stands for some characters, whose text is kept too.
@@ -256,10 +256,10 @@ def _planned(
         facts.documents - documents,
         counted,
         sequences,
-        share,
+        sample,
         stop,
         tuple(costs),
-        round(counted * share * rows),
+        round(counted * sample * rows),
         round(counted * each) + characters,
         shutil.disk_usage(_folder(store)).free,
         _seconds(model, small, stop, counted) if trial else None,
@@ -298,7 +298,7 @@ def _fitting(plan: BatchPlan, most: int | None, budget: str | int | None) -> tup
             f"not even the first document of {plan.corpus.name} fits",
             expected=f"at least {length:,} tokens",
             found=f"{most:,} tokens" + (f" in a budget of {budget}" if budget is not None else ""),
-            fix="raise tokens (--tokens) or the budget, or keep a smaller share",
+            fix="raise tokens (--tokens) or the budget, or keep vectors of fewer of them (--sample)",
         )
     return documents, tokens, sequences, characters
 
@@ -382,7 +382,7 @@ def _check_room(plan: VectorPlan, store: Store, name: str) -> None:
             f"there is no room for these vectors on the disk of {store.path}",
             expected=f"{written_bytes(needed)} free for {plan.tokens:,} tokens at {len(plan.sites)} sites",
             found=f"{written_bytes(plan.free)}",
-            fix="lower tokens (--tokens), the share (--share), or give a budget; or put the store on another disk",
+            fix="lower tokens (--tokens), the share of them that is kept (--sample), or give a budget; or put the store on another disk",
         )
 
 

@@ -148,7 +148,7 @@ PANELS: dict[str, tuple[Shown, ...]] = {
     "steering": (
         Shown(
             "steering_dose", "Dose and response", "What steering reaches at each strength and what it costs, beside matched controls.",
-            "sae steer {model} --sae {sae} --latent 7=+5 --target ' the'",
+            "sae steer {model} --sae {sae} --feature 7=+5 --target ' the'",
             _SWEPT,
             model=True, of_sae=False, height=480,
         ),

@@ -19,6 +19,7 @@ from moescope.cli.import_ import import_
 from moescope.cli.intervene import group as intervene
 from moescope.cli.manual import manual
 from moescope.cli.merge import merge
+from moescope.cli.output import said
 from moescope.cli.phenomena import phenomena
 from moescope.cli.plan import plan
 from moescope.cli.profile import profile
@@ -61,7 +62,7 @@ def _options(
     if debug:
         os.environ["MOESCOPE_DEBUG"] = "1"
     if version:
-        typer.echo(VERSION)
+        said(VERSION)
         raise typer.Exit
 
 

@@ -12,7 +12,7 @@ import typer
 
 from moescope.cli.completion import run_names
 from moescope.cli.flags import Json
-from moescope.cli.output import as_json, news, printable, table
+from moescope.cli.output import as_json, news, printable, said, table
 from moescope.cli.report import Thresholds, tell_unfinished, tell_verdicts, told_report
 from moescope.cli.stages import stages
 from moescope.core.errors import InputError
@@ -118,7 +118,7 @@ def _print(block: Block) -> None:
     from moescope.report.document import Grid, Heading, Paragraph
 
     if isinstance(block, Heading):
-        typer.echo(f"\n{printable(block.text)}")
+        said(f"\n{printable(block.text)}")
     elif isinstance(block, Paragraph):
         news(block.text)
     elif isinstance(block, Grid):

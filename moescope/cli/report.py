@@ -11,7 +11,7 @@ import typer
 
 from moescope.cli.completion import run_names
 from moescope.cli.flags import DryRun, Json
-from moescope.cli.output import as_json, facts, news, printable, table
+from moescope.cli.output import as_json, facts, news, printable, said, table
 from moescope.cli.stages import stages
 from moescope.core.errors import InputError
 
@@ -193,7 +193,7 @@ def _check(path: Path, store: Path | None, *, json: bool) -> None:
                 [[one.section, one.place, _short(one.report), _short(one.store)] for one in done.differences],
             )
         found = f"{len(done.differences):,} differ" if done.differences else "all as the store has them"
-        typer.echo(printable(f"{path}: {done.numbers:,} numbers in {done.pieces:,} pieces, {found}"))
+        said(printable(f"{path}: {done.numbers:,} numbers in {done.pieces:,} pieces, {found}"))
         for note in done.notes:
             news(note)
     if done.differences:

@@ -85,7 +85,7 @@ def cost_of(passes: SweepPasses, groups: Sequence[Group], batches: Sequence[Batc
         variants=variants,
         sequences=sequences,
         tokens=sum(b.tokens for b in batches),
-        passes=variants * -(-sequences // passes.rows),
+        passes=variants * -(-sequences // passes.pass_size),
         seconds=scale * (work + variants * compared) + scale * full,
         plain_seconds=scale * full,
         bound=full * variants / work,

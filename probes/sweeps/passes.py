@@ -55,7 +55,7 @@ class SweepPasses:
 
     Attributes:
         model: what runs.
-        rows: sequences a pass.
+        pass_size: pairs of a variant and a sequence that share one edited pass.
         sources: run name → run, for edits that replay a recorded one.
         resume: begin passes at the edited layer where the model allows it; otherwise every pass is whole.
         prefix: how passes begin there.
@@ -63,7 +63,7 @@ class SweepPasses:
     """
 
     model: LiveModel
-    rows: int = 8
+    pass_size: int = 8
     sources: Mapping[str, Any] = field(default_factory=dict)
     resume: bool = True
     prefix: Prefix = field(init=False)
@@ -142,7 +142,7 @@ class SweepPasses:
             mine = [pair for pair in pairs if variant is None or pair[0] == variant]
             if mine:
                 variants = list(dict.fromkeys(v for v, _ in mine))
-                yield variants, [mine[start : start + self.rows] for start in range(0, len(mine), self.rows)]
+                yield variants, [mine[start : start + self.pass_size] for start in range(0, len(mine), self.pass_size)]
 
     def _begun(self, group: Group, kept: Kept, rows: torch.Tensor) -> AbstractContextManager[None]:
         if not self.resume or group.layer in self.whole:

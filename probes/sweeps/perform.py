@@ -52,10 +52,10 @@ class SweepRequest:
         numbers: of experts a token for `top_k`.
         across: whether the experts of `drop` compete in their layer or in the whole model.
         highest: for `drop`, take out the highest scores.
-        draws: random sets beside each, or seeds of random routing.
+        controls: random sets beside each, or seeds of random routing.
         intervention, strengths: of `dose`.
         generate, prompts: for `dose`, tokens written after each of so many prompts; 0 for none.
-        screen, sample: for `experts`, estimate all and run the `screen` highest and `sample` random ones; None to run all.
+        screen, verify: for `experts`, estimate all and run the `screen` highest and `verify` random ones; None to run all.
         seed: of random sets, samples and intervals.
         sources: name → autoencoder, for edits that go through one.
     """
@@ -70,13 +70,13 @@ class SweepRequest:
     numbers: Sequence[int] | None = None
     across: Across = "layer"
     highest: bool = False
-    draws: int = 5
+    controls: int = 5
     intervention: Intervention | None = None
     strengths: Sequence[float] = (0.25, 0.5, 1.0, 2.0)
     generate: int = 32
     prompts: int = 16
     screen: int | None = None
-    sample: int = 16
+    verify: int = 16
     seed: int = 0
     sources: Mapping[str, Any] = field(default_factory=dict)
     _batches: dict[tuple[int, int], list[Batch]] = field(default_factory=dict, init=False, repr=False)
@@ -84,10 +84,12 @@ class SweepRequest:
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
             raise InputError(f"there is no sweep {self.kind!r}", expected=", ".join(KINDS))
-        if self.draws < 0 or self.sample < 0 or self.generate < 0 or self.prompts < 1:
-            raise InputError("draws, sample and generate are 0 or more, prompts 1 or more")
-        if self.kind == "routing_value" and self.draws < 1:
-            raise InputError("routing is valued against random routing", expected="at least one draw (seed)")
+        if self.controls < 0 or self.verify < 0 or self.generate < 0 or self.prompts < 1:
+            raise InputError("controls, verify and generate are 0 or more, prompts 1 or more")
+        if self.kind == "routing_value" and self.controls < 1:
+            raise InputError(
+                "routing is valued against random routing", expected="at least one seed of it: controls=1 (--controls)"
+            )
         if self.screen is not None and (self.kind != "experts" or self.screen < 0):
             raise InputError("screening is for the sweep of experts", expected="screen=20, say, with kind='experts'")
 
@@ -115,7 +117,7 @@ class SweepRequest:
             plans.routers_of(anatomy)
             if not self.scores:
                 raise InputError(f"a {self.kind} sweep needs scores of experts", fix="pass scores=…")
-            more: dict[str, Any] = {"draws": self.draws, "seed": self.seed, **shares}
+            more: dict[str, Any] = {"controls": self.controls, "seed": self.seed, **shares}
             if self.kind == "keep":
                 return plans.keep_sets(anatomy, self.scores, **more)
             more |= {"how": self.how or "route_around", "across": self.across, "highest": self.highest}
@@ -124,17 +126,19 @@ class SweepRequest:
             return plans.fewer_or_more(anatomy, self.numbers, self.layers)
         if self.kind == "top_p":
             return plans.by_mass(anatomy, layers=self.layers, **shares)
-        return plans.random_routers(anatomy, seeds=self.draws, seed=self.seed, layers=self.layers)
+        return plans.random_routers(anatomy, seeds=self.controls, seed=self.seed, layers=self.layers)
 
     def cost(
-        self, *, batch_size: int | None = None, max_length: int | None = None, rows: int | None = None
+        self, *, batch_size: int | None = None, max_length: int | None = None, pass_size: int | None = None
     ) -> SweepCost:
         """What it will take, from a few timed passes; nothing is stored."""
         plan = batch_size or BATCH_SIZE, min(max_length or MAX_LENGTH, self.model.context or MAX_LENGTH)
         batches, variants = self.batches(*plan), self.variants
         if self.screen is not None:  # the others are estimated together, in about two passes
-            variants = variants[:: max(1, len(variants) // max(1, self.screen + self.sample))]
-        return cost_of(SweepPasses(self.model, rows or plan[0], sources=self.sources), list(grouped(variants)), batches)
+            variants = variants[:: max(1, len(variants) // max(1, self.screen + self.verify))]
+        return cost_of(
+            SweepPasses(self.model, pass_size or plan[0], sources=self.sources), list(grouped(variants)), batches
+        )
 
     def batches(self, batch_size: int, max_length: int) -> list[Batch]:
         """The corpus, cut into batches."""
@@ -153,7 +157,7 @@ class SweepRequest:
         store: Store,
         base: Run,
         *,
-        rows: int | None = None,
+        pass_size: int | None = None,
         resume: bool = False,
         progress: bool = True,
         intervals: int = 1000,
@@ -163,7 +167,8 @@ class SweepRequest:
         Args:
             store: open for writing.
             base: the run of the unedited model.
-            rows: sequences a pass; those of the base run's batches by default.
+            pass_size: pairs of an intervention and a sequence that share one edited pass; by default as many as the base
+                run's batches have sequences.
             resume: go on where the same sweep was stopped.
             progress: show how far it is, on stderr.
             intervals: bootstrap resamples of documents behind each stored interval.
@@ -177,8 +182,14 @@ class SweepRequest:
         batch_size, max_length = plan_of(base)
         named = (sources_of(variant.intervention, store, self.sources) for variant in self.variants)
         sources = {name: source for found in named for name, source in found.items()}
-        more: dict[str, Any] = {"rows": rows or batch_size, "draws": intervals, "seed": self.seed, "sources": sources}
-        settings = {"kind": self.kind, "rows": more["rows"], "seed": self.seed, "generate": self._writes}
+        more: dict[str, Any] = {
+            "pass_size": pass_size or batch_size,
+            "draws": intervals,
+            "seed": self.seed,
+            "sources": sources,
+        }
+        # The words of these settings are part of the id by which a stopped sweep is found again.
+        settings = {"kind": self.kind, "rows": more["pass_size"], "seed": self.seed, "generate": self._writes}
         if through := {name: str(getattr(a, "sae_id", name)) for name, a in self.sources.items()}:
             settings["autoencoders"] = through
         sweep = Sweep(
@@ -187,7 +198,7 @@ class SweepRequest:
         with claimed(self.model.module, f"sweep of {self._label}"):
             try:
                 if self.screen is not None:
-                    return ScreenedSweep(sweep, self.how or "zero", self.screen, self.sample, self.layers).run(
+                    return ScreenedSweep(sweep, self.how or "zero", self.screen, self.verify, self.layers).run(
                         resume=resume, progress=progress
                     )
                 sweep_id = sweep.run(resume=resume, progress=progress)

@@ -57,7 +57,7 @@ def drop_sets(
     *,
     how: How = "route_around",
     across: Across = "layer",
-    draws: int = 5,
+    controls: int = 5,
     seed: int = 0,
     highest: bool = False,
 ) -> list[Variant]:
@@ -75,11 +75,11 @@ def drop_sets(
             end = "highest" if highest else "lowest"
             name = f"{end} by {score.name}"
             target = Intervention(_ablated(chosen, how), name=name)
-            controls = [
+            beside = [
                 Intervention(_ablated(random_experts(anatomy, chosen, seed=seed, draw=draw), how), name="random")
-                for draw in range(draws)
+                for draw in range(controls)
             ]
-            found += _effect(target, controls, len(found) and found[-1].effect + 1)
+            found += _effect(target, beside, len(found) and found[-1].effect + 1)
     return found
 
 
@@ -88,7 +88,7 @@ def keep_sets(
     scores: Sequence[ExpertScores],
     shares: Sequence[float] = KEPT,
     *,
-    draws: int = 5,
+    controls: int = 5,
     seed: int = 0,
 ) -> list[Variant]:
     """Only the top share of each router's experts by score, each beside as many random ones.
@@ -105,11 +105,11 @@ def keep_sets(
                 one = ExpertScores(score.name, {(s.layer, s.block): score.by_router[s.layer, s.block]})
                 chosen |= one.lowest(number / (s.n_experts or 1), least=0, highest=True)
             target = Intervention(_kept(chosen), name=f"highest by {score.name}")
-            controls = [
+            beside = [
                 Intervention(_kept(random_experts(anatomy, chosen, seed=seed, draw=draw)), name="random")
-                for draw in range(draws)
+                for draw in range(controls)
             ]
-            found += _effect(target, controls, len(found) and found[-1].effect + 1)
+            found += _effect(target, beside, len(found) and found[-1].effect + 1)
     return found
 
 

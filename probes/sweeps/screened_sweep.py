@@ -27,14 +27,14 @@ class ScreenedSweep:
         sweep: of every expert, exact: what this stands for.
         how: how experts are taken out.
         top: so many with the highest estimates are run exactly.
-        sample: so many of the others, at random.
+        verify: so many of the others, at random.
         layers: of the experts; None for all.
     """
 
     sweep: Sweep
     how: How
     top: int
-    sample: int
+    verify: int
     layers: Sequence[int] | None = None
 
     def run(self, *, resume: bool = False, progress: bool = True) -> str:
@@ -43,10 +43,11 @@ class ScreenedSweep:
         Raises:
             InputError: nothing to be run exactly, or as `Sweep.run`.
         """
-        if self.top + self.sample < 1:
-            raise InputError("an estimate is not shown alone", fix="run some experts exactly: screen or sample over 0")
+        if self.top + self.verify < 1:
+            raise InputError("an estimate is not shown alone", fix="run some experts exactly: screen or verify over 0")
         whole = self.sweep
-        settings = {**whole.settings, "screen": self.top, "sample": self.sample}
+        # Words of the sweep's id, as in `SweepRequest.run`.
+        settings = {**whole.settings, "screen": self.top, "sample": self.verify}
         sweep_id = sweep_id_of(whole.base, [v.intervention for v in whole.variants], settings)
         stored = check_new(whole.store, sweep_id, resume=resume)
         found = screen(whole.model, whole.batches, how=self.how, layers=self.layers)
@@ -65,7 +66,7 @@ class ScreenedSweep:
         top = set(order[: self.top].tolist())
         others = np.array(sorted(set(order.tolist()) - top), dtype=np.int64)
         generator = np.random.default_rng([self.sweep.seed, len(estimates)])
-        drawn = set(generator.choice(others, min(self.sample, len(others)), replace=False).tolist())
+        drawn = set(generator.choice(others, min(self.verify, len(others)), replace=False).tolist())
         chosen = [
             _renamed(variant, SAMPLED if number in drawn else "")
             for number, variant in enumerate(self.sweep.variants)

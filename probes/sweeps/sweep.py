@@ -35,7 +35,7 @@ class Sweep:
         store, base: where the effects go, and the run they are measured against.
         label: what is counted: `experts`.
         settings: what decides its numbers besides the interventions.
-        rows: sequences a pass.
+        pass_size: pairs of a variant and a sequence that share one edited pass.
         draws, seed: of the intervals.
         sources: run name → run, for edits that replay a recorded one.
         before: effects of the sweep that something else has written (a screening).
@@ -48,7 +48,7 @@ class Sweep:
     base: Run
     label: str
     settings: Mapping[str, Any]
-    rows: int = 8
+    pass_size: int = 8
     draws: int = 1000
     seed: int = 0
     sources: Mapping[str, Any] | None = None
@@ -60,7 +60,7 @@ class Sweep:
             raise InputError("this sweep has nothing to run")
         if self.sweep_id is None:
             self.sweep_id = sweep_id_of(self.base, [v.intervention for v in self.variants], self.settings)
-        self.passes = SweepPasses(self.model, self.rows, sources=self.sources or {})
+        self.passes = SweepPasses(self.model, self.pass_size, sources=self.sources or {})
 
     @property
     def groups(self) -> list[Group]:

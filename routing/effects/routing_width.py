@@ -108,7 +108,7 @@ def routing_value(run: Run, *, sweep: str | None = None, draws: Count = 1000, se
         >>> import moescope as ms
         >>> from moescope.sweep_api import sweep
         >>> with ms.Store(pathlib.Path(tempfile.mkdtemp()) / "runs.duckdb") as store:
-        ...     found = sweep(ms.load("demo"), ["Hello world."], store, kind="routing_value", draws=2, progress=False)
+        ...     found = sweep(ms.load("demo"), ["Hello world."], store, kind="routing_value", controls=2, progress=False)
         ...     found.df()["place"][0]
         'all layers'
     """

@@ -71,7 +71,7 @@ def head_circuit(
         >>> import moescope as ms
         >>> from moescope.sae.circuits.circuit import head_circuit
         >>> with ms.Store(pathlib.Path(tempfile.mkdtemp()) / "runs.duckdb") as store:
-        ...     found = head_circuit(ms.load("demo"), store, task="induction", examples=4, held_out=4, steps=5, size=2, draws=2,
+        ...     found = head_circuit(ms.load("demo"), store, task="induction", examples=4, test_prompts=4, steps=5, size=2, controls=2,
         ...                          progress=False)
         ...     int(ms.analyze(found.run, "head_circuit").df()["member"].sum())
         2

@@ -45,7 +45,7 @@ def means_of(
 
 def ablated(
     model: LiveModel, test: list[Prompt], outputs: HeadOutputs, member: NDArray[np.bool_], means: torch.Tensor,
-    positions: str, draws: int, seed: int, tick: Callable[[int], None],
+    positions: str, controls: int, seed: int, tick: Callable[[int], None],
 ) -> Ablation:  # fmt: skip
     """Logit differences of held-out prompts under every condition.
 
@@ -56,10 +56,10 @@ def ablated(
         member: [head] whether it is of the circuit.
         means: [head, d_head] what heads then put out.
         positions: `last` or `all`.
-        draws, seed: random sets of heads.
+        controls, seed: random sets of heads.
         tick: told tokens after every pass.
     """
-    random = matched_sets(outputs.heads, member, draws=draws, seed=seed)
+    random = matched_sets(outputs.heads, member, controls=controls, seed=seed)
     every = np.ones_like(member)
     sets = [(CUT, member), (KEEP, ~member), (ALL, every)]
     sets += [(f"random heads at their mean, draw {n}", r) for n, r in enumerate(random)]
@@ -83,11 +83,11 @@ def ablated(
     return Ablation(("base", *(name for name, _ in sets)), tuple(interventions), value)
 
 
-def matched_sets(heads: HeadMap, member: NDArray[np.bool_], *, draws: int, seed: int) -> list[NDArray[np.bool_]]:
+def matched_sets(heads: HeadMap, member: NDArray[np.bool_], *, controls: int, seed: int) -> list[NDArray[np.bool_]]:
     """Random sets with as many heads in each layer as the circuit: of its other heads, and of all where those are too few."""
     random = np.random.default_rng(seed)
     found = []
-    for _ in range(draws):
+    for _ in range(controls):
         drawn = np.zeros_like(member)
         for place in heads.places:
             columns = np.arange(heads.total)[heads.slices[place.layer, place.block]]

@@ -91,15 +91,15 @@ def head_circuit(
     *,
     task: Any = "ioi",
     examples: int = 25,
-    held_out: int = 25,
+    test_prompts: int = 25,
     codes: int = 128,
     sparsity: float = 0.3,
     steps: int = 500,
     threshold: float | None = None,
     size: int | None = None,
-    level: float | None = None,
+    fdr: float | None = None,
     positions: Literal["last", "all"] = "last",
-    draws: int = 10,
+    controls: int = 10,
     shuffles: int = 1000,
     seed: int = 0,
     run_name: str | None = None,
@@ -110,7 +110,7 @@ def head_circuit(
     One small sparse autoencoder is trained on the outputs z of all heads at the last token of positive and negative prompts. A head's
     code on a prompt is its largest latent; its count the distinct codes that only positives have, |C⁺∖C⁻|; its score the softmax
     over heads of count ÷ positives. The circuit are the heads whose score, times the number of heads, is over `threshold`; or the
-    first `size`; or those whose count is over that of shuffled sides at a false-discovery rate of `level`, which may be none.
+    first `size`; or those whose count is over that of shuffled sides at a false-discovery rate of `fdr`, which may be none.
 
     Confirmation is on prompts that scores never saw: the difference of logits between right and wrong answers (log-sum-exp over
     several) with the circuit's heads at their mean over the negatives, and with all other heads there, against random heads, as many
@@ -128,14 +128,14 @@ def head_circuit(
         store: where to keep it; None for nowhere.
         task: `ioi`, `greater_than`, `induction`, or (positive prompts, negative prompts); see `circuit_task`.
         examples: prompts of each kind that scores come from.
-        held_out: positives that the cuts are measured on; of prompts given, the last so many positives, a half at most.
+        test_prompts: positives that the cuts are measured on; of prompts given, the last so many positives, a half at most.
         codes: latents of the autoencoder.
         sparsity, steps: of its training.
         threshold: score × heads, 1 where all heads are alike; None for another rule.
         size: so many heads, by count, ties by how far it is over that of shuffled sides; with no rule given, 5 % of all heads.
-        level: false-discovery rate; None for another rule.
+        fdr: false-discovery rate; None for another rule.
         positions: where heads are cut.
-        draws: random sets of heads.
+        controls: random sets of heads.
         shuffles: of sides, for the chance level.
         seed: of everything random.
         run_name: None for `circuit of …`.
@@ -151,21 +151,22 @@ def head_circuit(
 
     Example:
         >>> import moescope as ms
-        >>> found = head_circuit(ms.load("demo"), None, task="induction", examples=4, held_out=4, steps=5, size=2, draws=2, progress=False)
+        >>> small = {"examples": 4, "test_prompts": 4, "steps": 5, "size": 2, "controls": 2}
+        >>> found = head_circuit(ms.load("demo"), None, task="induction", **small, progress=False)
         >>> len(found.members)
         2
     """
-    _check(examples, held_out, codes, threshold, size, level, draws, shuffles, steps, sparsity, positions)
+    _check(examples, test_prompts, codes, threshold, size, fdr, controls, shuffles, steps, sparsity, positions)
     started = time.perf_counter()
-    fit, test = _split(model, task, examples, held_out, seed)
+    fit, test = _split(model, task, examples, test_prompts, seed)
     known = _known(model, fit.name, seed)
     name = run_name or f"circuit of {fit.name}"
     settings = {
         "protocol": "head circuit", "task": fit.name, "codes": codes, "sparsity": sparsity, "steps": steps, "threshold": threshold,
-        "size": size, "level": level, "positions": positions, "draws": draws, "shuffles": shuffles,
+        "size": size, "fdr": fdr, "positions": positions, "controls": controls, "shuffles": shuffles,
     }  # fmt: skip
     prompts = [*fit.positives, *fit.negatives]
-    sets = 2 * draws + 4
+    sets = 2 * controls + 4
     tokens = sum(len(p.ids) for p in prompts) + sets * sum(len(p.ids) for p in test)
     with HeadRun.open(model, store, name, settings, seed=seed) as run:
         with RunProgress("head circuit", tokens, shown=progress) as bar:
@@ -175,16 +176,16 @@ def head_circuit(
             coded = coder(outputs.last)
             positive = np.arange(len(prompts)) < len(fit.positives)
             scores = code_scores(coded, positive, shuffles=shuffles, seed=seed)
-            member = _members(scores, threshold, size, level)
+            member = _members(scores, threshold, size, fdr)
             means = means_of(model, fit.negatives, outputs, len(fit.positives), positions)
             ablation = None
             if member.any() and not member.all():
-                ablation = ablated(model, test, outputs, member, means, positions, draws, seed, tick)
+                ablation = ablated(model, test, outputs, member, means, positions, controls, seed, tick)
         lined = None if known is None else _lined(known, outputs.heads)
         effects: tuple[str, ...] = ()
         summary = {
             "fvu_of_codes": coder.fvu, "active_of_codes": coder.active, "members": int(member.sum()),
-            "positives": len(fit.positives), "negatives": len(fit.negatives), "held_out": len(test),
+            "positives": len(fit.positives), "negatives": len(fit.negatives), "test_prompts": len(test),
         }  # fmt: skip
         kept = run.kept(
             HeadScores(outputs.heads, {}, sequences=tuple(facts_of(fit, test, coded, ablation))),
@@ -210,11 +211,13 @@ def head_circuit(
     )
 
 
-def _split(model: LiveModel, task: Any, examples: int, held_out: int, seed: int) -> tuple[CircuitTask, list[Prompt]]:
+def _split(
+    model: LiveModel, task: Any, examples: int, test_prompts: int, seed: int
+) -> tuple[CircuitTask, list[Prompt]]:
     """Prompts that scores come from, and positives that cuts are measured on."""
-    whole = circuit_task(model, task, count=examples + held_out, seed=seed)
+    whole = circuit_task(model, task, count=examples + test_prompts, seed=seed)
     own = not isinstance(task, str)
-    out = min(held_out, len(whole.positives) // 2) if own else held_out
+    out = min(test_prompts, len(whole.positives) // 2) if own else test_prompts
     stop = len(whole.positives) - out
     fit = CircuitTask(whole.name, whole.positives[:stop], whole.negatives if own else whole.negatives[:examples])
     return fit, list(whole.positives[stop:])
@@ -237,13 +240,13 @@ def _lined(known: HeadScores, heads: HeadMap) -> Floats:
     return found
 
 
-def _members(scores: CodeScores, threshold: float | None, size: int | None, level: float | None) -> NDArray[np.bool_]:
+def _members(scores: CodeScores, threshold: float | None, size: int | None, fdr: float | None) -> NDArray[np.bool_]:
     heads = len(scores.count)
     if threshold is not None:
         over: NDArray[np.bool_] = scores.score * heads > threshold
         return over
-    if level is not None:
-        called: NDArray[np.bool_] = (scores.q <= level) & (scores.count > scores.null)
+    if fdr is not None:
+        called: NDArray[np.bool_] = (scores.q <= fdr) & (scores.count > scores.null)
         return called
     first = math.ceil(_SHARE * heads) if size is None else min(size, heads)
     order = np.lexsort((-(scores.count - scores.null), -scores.count))[:first]
@@ -263,26 +266,26 @@ def _ticker(bar: RunProgress) -> Callable[[int], None]:
 
 
 def _check(
-    examples: int, held_out: int, codes: int, threshold: float | None, size: int | None, level: float | None, draws: int, shuffles: int,
-    steps: int, sparsity: float, positions: str,
+    examples: int, test_prompts: int, codes: int, threshold: float | None, size: int | None, fdr: float | None, controls: int,
+    shuffles: int, steps: int, sparsity: float, positions: str,
 ) -> None:  # fmt: skip
     """Refuse what makes no sense, before anything runs."""
     least = {
-        "examples": (examples, 4), "held_out": (held_out, 2), "codes": (codes, 2), "draws": (draws, 2), "shuffles": (shuffles, 20),
-        "steps": (steps, 1), "size": (1 if size is None else size, 1),
+        "examples": (examples, 4), "test_prompts": (test_prompts, 2), "codes": (codes, 2), "controls": (controls, 2),
+        "shuffles": (shuffles, 20), "steps": (steps, 1), "size": (1 if size is None else size, 1),
     }  # fmt: skip
     for name, (value, minimum) in least.items():
         if value < minimum:
             raise InputError(f"{name} cannot be {value}", expected=f"a whole number, at least {minimum}")
-    rules = [name for name, rule in (("threshold", threshold), ("size", size), ("level", level)) if rule is not None]
+    rules = [name for name, rule in (("threshold", threshold), ("size", size), ("fdr", fdr)) if rule is not None]
     if len(rules) > 1:
         raise InputError("a circuit has one rule", found=" and ".join(rules), fix="give one of them")
     if threshold is not None and threshold <= 0:
         raise InputError(
             f"threshold cannot be {threshold:g}", expected="over 0; 1 is the score of heads that are all alike"
         )
-    if level is not None and not 0 < level < 1:
-        raise InputError(f"level cannot be {level:g}", expected="a false-discovery rate between 0 and 1")
+    if fdr is not None and not 0 < fdr < 1:
+        raise InputError(f"fdr cannot be {fdr:g}", expected="a false-discovery rate between 0 and 1")
     if sparsity < 0:
         raise InputError(f"sparsity cannot be {sparsity:g}", expected="0 or more")
     if positions not in ("last", "all"):

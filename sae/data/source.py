@@ -145,7 +145,7 @@ class VectorSource:
                 expected=f"at least {batch_size:,} ({split.replace('_', ' ')})",
                 found=" ".join([f"{len(rows):,}.", *self.notes]),
                 fix="use smaller batches (batch_size), or record more: more text, or a larger share of its tokens "
-                "(moescope sae record --tokens, --share)",
+                "(moescope sae record --tokens, --sample)",
             )
         return ShuffledBatches(
             rows, self.gather, width, batch_size, seed=seed, device=device, buffer_bytes=buffer_bytes

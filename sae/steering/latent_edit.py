@@ -30,7 +30,7 @@ _READ = """
 
 def latent_edit(
     autoencoder: Autoencoder,
-    latents: Sequence[int] | int,
+    features: Sequence[int] | int,
     *,
     how: Literal["add", "set", "scale"] = "add",
     value: float | Sequence[float] | Literal["max", "mean"] = "max",
@@ -43,7 +43,7 @@ def latent_edit(
 
     Args:
         autoencoder: whose.
-        latents: which.
+        features: which latents, by their numbers.
         how: as `moescope.edits.Latents` does it; `set` is x′ = x + (v − z) d (arXiv 2408.00657).
         value: in units of activation, one or one a latent; `max` or `mean`, what the latent reaches, or is where it is active,
             over the corpus that its table of features was read from.
@@ -55,7 +55,7 @@ def latent_edit(
     Raises:
         InputError: no such latent, or features that were not read.
     """
-    ids = [latents] if isinstance(latents, int) else [int(i) for i in latents]
+    ids = [features] if isinstance(features, int) else [int(i) for i in features]
     if wrong := [i for i in ids if not 0 <= i < autoencoder.d_sae]:
         raise InputError(
             f"autoencoder {autoencoder.name!r} has no latent {wrong[0]}", expected=f"0 to {autoencoder.d_sae - 1}"

@@ -93,29 +93,29 @@ class LatentTarget(Target):
 
     Args:
         autoencoder: whose latent.
-        latent: which.
+        feature: number of the latent.
     """
 
     metric, unit = "target_activation", "units of activation"
 
-    def __init__(self, autoencoder: Autoencoder, latent: int) -> None:
-        if not 0 <= latent < autoencoder.d_sae:
-            raise InputError(f"there is no latent {latent}", expected=f"0 to {autoencoder.d_sae - 1}")
+    def __init__(self, autoencoder: Autoencoder, feature: int) -> None:
+        if not 0 <= feature < autoencoder.d_sae:
+            raise InputError(f"there is no latent {feature}", expected=f"0 to {autoencoder.d_sae - 1}")
         alone = getattr(autoencoder, "head", None) is not None or autoencoder.expert is not None
         if alone or autoencoder.site.tensor in (EXPERT_OUT, EXPERT_POST):
             raise InputError(
                 f"{autoencoder.name!r} reads a part of a token's vectors, which gives no number of every token",
                 expected="an autoencoder of the stream, of a sublayer, or of all heads",
             )
-        self.autoencoder, self.latent = autoencoder, latent
+        self.autoencoder, self.feature = autoencoder, feature
         self.sites = (autoencoder.site,)
-        self.name = f"latent {latent} of {autoencoder.name}"
+        self.name = f"latent {feature} of {autoencoder.name}"
 
     def values(self, logits: torch.Tensor, seen: Seen) -> torch.Tensor:
         """Of each token itself."""
         del logits
         vectors = seen[self.autoencoder.site]
-        return self.autoencoder.encode(vectors.to(self.autoencoder.device))[..., self.latent].double()
+        return self.autoencoder.encode(vectors.to(self.autoencoder.device))[..., self.feature].double()
 
 
 class ProbeTarget(Target):

@@ -52,7 +52,7 @@ def test_cost_is_said_before_and_a_dry_run_stores_nothing(sweep: Cli, tmp_path: 
 
 
 def test_same_sweep_again_is_refused_and_resumed(sweep: Cli) -> None:
-    options = ("--kind", "drop", "--score", "frequency", "--score", "hotness", "--shares", "0.25,0.5", "--draws", 2)
+    options = ("--kind", "drop", "--score", "frequency", "--score", "hotness", "--shares", "0.25,0.5", "--controls", 2)
     first = sweep(*options)
     assert first.code == 0, first.err
     assert "random sets of the same layers" in first.out
@@ -111,6 +111,6 @@ def test_what_cannot_be_swept_is_refused_in_one_line(
     [("--kind", "top_k", "--numbers", "1,2"), ("--kind", "top_p", "--shares", "0.5"), ("--kind", "routing_value")],
 )
 def test_every_kind_is_printed(sweep: Cli, options: tuple[str, ...]) -> None:
-    outcome = sweep(*options, "--draws", 2, "--layers", "5")
+    outcome = sweep(*options, "--controls", 2, "--layers", "5")
     assert outcome.code == 0, outcome.err
     assert "What it shows" in outcome.out

@@ -72,9 +72,9 @@ ONLY_FLAGS_OF = {
         "ablate": "top of ablate_writers, whose --top is that of feature_experts", "ablate_tokens": "its tokens",
     },
     "sae steer": {
-        "latent": "an edit in words; in Python latent_edit", "only_active": "latent_edit", "contrast": "contrastive_mean",
+        "feature": "an edit in words; in Python latent_edit", "only_active": "latent_edit", "contrast": "contrastive_mean",
         "top": "feature_set", "layer": "contrastive_mean", "towards": "descend_to", "steps": "descend_to", "rate": "descend_to",
-        "target_latent": "LatentTarget", "on": "a parameter of the analysis steering_dose",
+        "target_feature": "LatentTarget", "on": "a parameter of the analysis steering_dose",
         "sae": "the autoencoder of latents and targets, an object in Python",
     },
     "sae students": {"data": "the corpus that Python is given in place of the run"},
@@ -205,11 +205,11 @@ def test_every_reason_is_still_needed() -> None:
 def test_one_flag_is_of_one_type_everywhere() -> None:
     """Apart from those whose word the commands' Python functions use for different things."""
     several = {
-        "tokens": "a number with k or M, a number, or which tokens count", "held-out": "a share of documents, or prompts",
-        "level": "token or document, or a rate", "format": "of a trace, and of what is printed", "label": "of a class",
+        "tokens": "a number with k or M, a number, or which tokens count", "feature": "a number, or an edit of one in words",
+        "format": "of a trace, and of what is printed", "label": "of a class",
         "model": "an argument where a command is about one", "store": "the same", "name": "one for each --spec of sae train",
         "run": "two for analyze, several for reports", "sae": "several for judge", "site": "one for a study", "score": "measures",
-        "layers": "numbers in text", "sample": "a share in profile, a number in sweep", "spec": "forms", "words": "text",
+        "layers": "numbers in text", "spec": "forms", "words": "text",
         "contrast": "two files", "source": "a path, or a release on the Hub", "values": "a word",
     }  # fmt: skip
     seen: dict[str, dict[Any, str]] = {}
@@ -228,6 +228,7 @@ def test_the_same_thing_is_not_spelt_two_ways() -> None:
         ("save-intervention", "save"), ("dry-run", "dryrun", "check-only"), ("text-field", "field", "text-column"),
         ("label-field", "label-column"), ("trust-remote-code", "trust"), ("seed", "random-seed"), ("format", "markdown", "csv"),
         ("controls", "n-controls"), ("prompts-a", "a"), ("documents", "all-documents"), ("sae", "autoencoder"),
+        ("sample", "share"), ("feature", "latent"), ("target-feature", "target-latent"),
     ):  # fmt: skip
         assert one in names
         assert not names & set(others), f"--{one} is also spelt {sorted(names & set(others))}"

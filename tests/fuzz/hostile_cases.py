@@ -208,7 +208,7 @@ def _intervention(folder: Path, dice: random.Random) -> Path:
 
     picked = [read_edit(words) for words in dice.sample(valid.EDITS, 3)]
     data = hostile(Intervention(picked, name="cut").to_data(), dice)
-    if dice.random() < 0.1 and isinstance(data, dict) and data.get("edits"):
+    if dice.random() < 0.1 and isinstance(data, dict) and isinstance(data.get("edits"), list) and data["edits"]:
         data["edits"][0] = {"kind": "add", "vector": dice.choice(HOSTILE)()}
     raw = as_json(data, dice)
     if dice.random() < 0.3:

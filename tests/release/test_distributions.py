@@ -101,7 +101,9 @@ def test_a_wheel_from_the_source_distribution_holds_the_package_alone(wheel: Pat
         names = set(archive.namelist())
         (about,) = (name for name in names if name.endswith(".dist-info/METADATA"))
         metadata = email.message_from_bytes(archive.read(about))
-    inside = {name for name in names if not name.split("/")[0].endswith(".dist-info")}
+    manual = {name for name in names if name.split("/")[0].endswith(".data")}
+    assert {name.split("/", 1)[1] for name in manual} == {"data/share/man/man1/moescope.1"}
+    inside = {name for name in names if not name.split("/")[0].endswith(".dist-info")} - manual
     assert {name.split("/")[0] for name in inside} == {"moescope"}
     expected = {
         f"moescope/{path.relative_to(ROOT / 'moescope' if folder == 'moescope' else ROOT).as_posix()}"

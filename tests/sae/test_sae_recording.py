@@ -87,14 +87,14 @@ def test_a_plan_says_what_the_disk_will_hold(tiny_model: Callable[..., Any], cor
     assert on_disk < plan.bytes < on_disk * 1.2
 
 
-def test_a_share_keeps_some_tokens_and_plans_for_them(
+def test_a_sample_keeps_some_tokens_and_plans_for_them(
     tiny_model: Callable[..., Any], token_ids: Callable[..., Any], store: Any
 ) -> None:
     model, corpus = ms.load(tiny_model("llama")), ms.Corpus.from_token_ids(token_ids((50,) * 20))
-    run = record_vectors(model, corpus, store, sites=POST, share=0.25, name="some", progress=False)
+    run = record_vectors(model, corpus, store, sites=POST, sample=0.25, name="some", progress=False)
     assert run.status == "complete"
     assert len(rows_of(run, POST)) == pytest.approx(250, abs=60)
-    assert plan_vectors(model, corpus, store.path, sites=POST, share=0.25).vectors == 250
+    assert plan_vectors(model, corpus, store.path, sites=POST, sample=0.25).vectors == 250
 
 
 def test_a_budget_of_bytes_ends_it_earlier(
@@ -164,7 +164,7 @@ def test_a_model_that_cannot_be_stopped_runs_to_its_end(token_ids: Callable[...,
         ({"sites": ["blocks.0.attn.hook_pattern"]}, "hook_pattern"),
         ({"tokens": 0}, "how many to record"),
         ({"tokens": 8}, "not even the first document"),
-        ({"share": 0.0}, "share of the tokens"),
+        ({"sample": 0.0}, "share of the tokens"),
         ({"budget": "much"}, "number of bytes"),
         ({"resume": True}, "which run"),
     ],

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from moescope.cli.flags import (
+    SIZE,
     Base,
     BaseBatchSize,
     BaseMaxLength,
@@ -95,8 +96,19 @@ Screen = Annotated[
         show_default="run all exactly",
     ),
 ]
-Sample = Annotated[
+Verify = Annotated[
     int, typer.Option(min=0, help="With --screen: so many other experts, at random, are run exactly too.")
+]
+
+PassSize = Annotated[
+    int | None,
+    typer.Option(
+        "--pass-size",
+        rich_help_panel=SIZE,
+        min=1,
+        help="Pairs of an intervention and a sequence that share one edited pass.",
+        show_default="as many as a batch has sequences",
+    ),
 ]
 
 
@@ -112,22 +124,20 @@ def sweep(
         str, typer.Option(help="Whether the experts of drop compete in their layer or in the model: layer or model.")
     ] = "layer",
     highest: Annotated[bool, typer.Option("--highest", help="For drop: take out the highest scores.")] = False,
-    draws: Annotated[int, typer.Option(min=0, help="Random sets beside each set, or seeds of random routing.")] = 5,
+    controls: Annotated[int, typer.Option(min=0, help="Random sets beside each set, or seeds of random routing.")] = 5,
     edit: EditWords = None,
     intervention: InterventionFile = None,
     strengths: Strengths = "0.25,0.5,1,2",
     generate: Annotated[int, typer.Option(min=0, help="For dose: tokens written after each prompt; 0 for none.")] = 32,
     prompts: Prompts = 16,
     screen: Screen = None,
-    sample: Sample = 16,
+    verify: Verify = 16,
     data: Data = None,
     store: BaseStore = Path("runs.duckdb"),
     base: Base = None,
     batch_size: BaseBatchSize = None,
     max_length: BaseMaxLength = None,
-    rows: Annotated[
-        int | None, typer.Option(min=1, help="Sequences a pass.", show_default="as many as a batch has")
-    ] = None,
+    pass_size: PassSize = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the same sweep where it was stopped.")] = False,
     output: Output = None,
     device: Device = "auto",
@@ -155,8 +165,8 @@ def sweep(
 
     _check_belongs(kind, shares=shares, numbers=numbers, score=score, screen=screen, highest=highest or None)
     options: dict[str, Any] = _options(kind, how, layers, shares, numbers, across, strengths)
-    options |= {"highest": highest, "draws": draws, "generate": generate, "prompts": prompts, "screen": screen}
-    options |= {"sample": sample, "seed": seed, "scores": score or "frequency"}
+    options |= {"highest": highest, "controls": controls, "generate": generate, "prompts": prompts, "screen": screen}
+    options |= {"verify": verify, "seed": seed, "scores": score or "frequency"}
     if kind == "dose":
         options["intervention"] = asked_intervention(edit, intervention)
     elif edit is not None or intervention is not None:
@@ -168,7 +178,7 @@ def sweep(
     live = load(
         model, device=device, device_map=device_map, dtype=dtype, revision=revision, trust_remote_code=trust_remote_code
     )
-    sizes: dict[str, Any] = {"batch_size": batch_size, "max_length": max_length, "rows": rows}
+    sizes: dict[str, Any] = {"batch_size": batch_size, "max_length": max_length, "pass_size": pass_size}
     if dry_run or not json:
         cost = sweep_cost(live, corpus, **options, **sizes)
         if dry_run:

@@ -27,20 +27,20 @@ _Side = Annotated[
 ]
 _Name = Annotated[str | None, typer.Option(help="Name of the run.", show_default="circuit of the task")]
 _Examples = Annotated[int, typer.Option(min=4, help="Prompts of each kind that scores come from.")]
-_HeldOut = Annotated[int, typer.Option(min=2, help="Other prompts, on which cuts are measured.")]
+_TestPrompts = Annotated[int, typer.Option(min=2, help="Other prompts, on which cuts are measured.")]
 _Codes = Annotated[int, typer.Option(min=2, help="Latents of the autoencoder over head outputs.")]
 _Threshold = Annotated[
     float | None, typer.Option(help="Heads whose score × heads is over it; 1 where all are alike.", show_default="none")
 ]
 _Size = Annotated[int | None, typer.Option(min=1, help="So many heads.", show_default="5 % of them")]
-_Level = Annotated[
+_Fdr = Annotated[
     float | None,
     typer.Option(
         min=0, max=1, help="Heads called at this false-discovery rate, which may be none.", show_default="none"
     ),
 ]
 _Positions = Annotated[Literal["last", "all"], typer.Option(help="Where heads are cut: at the last token, or at all.")]
-_Draws = Annotated[int, typer.Option(min=2, help="Random sets of heads.")]
+_Controls = Annotated[int, typer.Option(min=2, help="Random sets of heads.")]
 _SHOWN = 12
 
 
@@ -53,13 +53,13 @@ def circuit(
     name: _Name = None,
     report: Report = None,
     examples: _Examples = 25,
-    held_out: _HeldOut = 25,
+    test_prompts: _TestPrompts = 25,
     codes: _Codes = 128,
     threshold: _Threshold = None,
     size: _Size = None,
-    level: _Level = None,
+    fdr: _Fdr = None,
     positions: _Positions = "last",
-    draws: _Draws = 10,
+    controls: _Controls = 10,
     device: Device = "auto",
     device_map: DeviceMap = None,
     dtype: Dtype = "auto",
@@ -92,14 +92,14 @@ def circuit(
         told = {
             "task": task if isinstance(asked, str) else "prompts of one's own",
             "examples": examples,
-            "held out": held_out,
+            "test prompts": test_prompts,
         }
         tell_plan(store, run=None, any_run=True, saes=[], model=live, json=json, **told)
         return
     with Store(store) as opened:
         found = head_circuit(
-            live, opened, task=asked, examples=examples, held_out=held_out, codes=codes, threshold=threshold, size=size,
-            level=level, positions=positions, draws=draws, seed=seed, run_name=name, progress=not json,
+            live, opened, task=asked, examples=examples, test_prompts=test_prompts, codes=codes, threshold=threshold, size=size,
+            fdr=fdr, positions=positions, controls=controls, seed=seed, run_name=name, progress=not json,
         )  # fmt: skip
         assert found.run is not None
         result = analyze(found.run, "head_circuit")

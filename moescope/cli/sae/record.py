@@ -51,7 +51,7 @@ _Tokens = Annotated[
     ),
 ]
 _Name = Annotated[str | None, typer.Option(help="Name of the run.", show_default="the model's, with -vectors")]
-_Share = Annotated[float, typer.Option(help="Share of the tokens whose vectors are kept.")]
+_Sample = Annotated[float, typer.Option(help="Share of the tokens whose vectors are kept.")]
 _Budget = Annotated[
     str | None,
     typer.Option(
@@ -68,7 +68,7 @@ def record(
     tokens: _Tokens = None,
     store: StorePath = Path("runs.duckdb"),
     name: _Name = None,
-    share: _Share = 1.0,
+    sample: _Sample = 1.0,
     budget: _Budget = None,
     batch_size: BatchSize = 8,
     max_length: MaxLength = 512,
@@ -109,7 +109,7 @@ def record(
     options: dict[str, Any] = {
         "sites": sites,
         "tokens": count,
-        "share": share,
+        "sample": sample,
         "batch_size": batch_size,
         "max_length": max_length,
         "budget": budget,

@@ -1,4 +1,4 @@
-"""`moescope sae steer`: steer by latents, contrast or any saved intervention, and measure the dose-response."""
+"""`moescope sae steer`: steer by features, contrast or any saved intervention, and measure the dose-response."""
 
 from __future__ import annotations
 
@@ -46,35 +46,37 @@ if TYPE_CHECKING:
     from moescope.sae.steering.targets import Target
     from moescope.store.store import Store
 
-_LATENT = re.compile(r"(?P<latent>\d+)=(?P<how>[+*]?)(?P<value>-?\d*\.?\d+(?:e-?\d+)?|max|mean)")
+_FEATURE = re.compile(r"(?P<feature>\d+)=(?P<how>[+*]?)(?P<value>-?\d*\.?\d+(?:e-?\d+)?|max|mean)")
 _STEERS = "What steers"
 _HOW = {"+": "add", "": "set", "*": "scale"}
 _ENDINGS = (".html", ".png", ".svg", ".csv", ".parquet", ".json")
 
-_Latent = Annotated[
+_Feature = Annotated[
     list[str] | None,
     typer.Option(
-        "--latent",
+        "--feature",
         rich_help_panel=_STEERS,
-        help="A latent of --sae and what becomes of it, repeatable: 12=+5 adds, 12=5 sets, 12=*0 takes it out, 12=+max adds "
-        "the largest activation its features were read with.",
+        help="A feature of --sae and what becomes of it, repeatable: 12=+5 adds, 12=5 sets, 12=*0 takes it out, 12=+max adds "
+        "the largest activation it was read with.",
         show_default="none",
     ),
 ]
 _Active = Annotated[
-    bool, typer.Option("--only-active", rich_help_panel=_STEERS, help="Change latents only where they are active.")
+    bool, typer.Option("--only-active", rich_help_panel=_STEERS, help="Change features only where they are active.")
 ]
 _Contrast = Annotated[
     tuple[Path, Path] | None,
     typer.Option(
         "--contrast",
         rich_help_panel=_STEERS,
-        help="Two files of texts, one a line: add the difference of their means (with --sae: move the latents that differ "
+        help="Two files of texts, one a line: add the difference of their means (with --sae: move the features that differ "
         "most, see --top).",
         show_default=False,
     ),
 ]
-_Top = Annotated[int, typer.Option(rich_help_panel=_STEERS, min=1, help="With --contrast and --sae: how many latents.")]
+_Top = Annotated[
+    int, typer.Option(rich_help_panel=_STEERS, min=1, help="With --contrast and --sae: how many features.")
+]
 _Layer = Annotated[
     int | None,
     typer.Option(
@@ -108,12 +110,12 @@ _Target = Annotated[
         show_default="none",
     ),
 ]
-_TargetLatent = Annotated[
+_TargetFeature = Annotated[
     int | None,
     typer.Option(
-        "--target-latent",
+        "--target-feature",
         min=0,
-        help="Instead: number of a latent of --sae that should grow, from 0.",
+        help="Instead: number of a feature of --sae that should grow, from 0.",
         show_default="none",
     ),
 ]
@@ -134,7 +136,7 @@ def steer(
     model: Model,
     store: BaseStore = Path("runs.duckdb"),
     sae: UseSae = None,
-    latent: _Latent = None,
+    feature: _Feature = None,
     only_active: _Active = False,
     contrast: _Contrast = None,
     top: _Top = 16,
@@ -145,7 +147,7 @@ def steer(
     edit: EditWords = None,
     intervention: InterventionFile = None,
     target: _Target = None,
-    target_latent: _TargetLatent = None,
+    target_feature: _TargetFeature = None,
     data: Data = None,
     strengths: _Strengths = "0,1,2,4",
     controls: Annotated[
@@ -173,15 +175,15 @@ def steer(
 ) -> None:
     """Steer a model and measure at growing strength what that reaches and what it costs, beside matched controls.
 
-    Example: moescope sae steer demo --sae mine --latent 12=+5 --target " Python" --strengths 0,1,2,4
+    Example: moescope sae steer demo --sae mine --feature 12=+5 --target " Python" --strengths 0,1,2,4
     """
     from moescope.probes.corpus import Corpus
     from moescope.probes.loading import load
     from moescope.probes.sweeps.plans import as_floats
     from moescope.store.store import Store
 
-    asked = _Asked(sae, latent or [], contrast, towards, edit, intervention)
-    asked.check(target, target_latent)
+    asked = _Asked(sae, feature or [], contrast, towards, edit, intervention)
+    asked.check(target, target_feature)
     doses = as_floats(strengths)
     _check_paths(store, save_intervention, output)
     corpus = Corpus.load(data or "demo", text_field=text_field, label_field=label_field, skip_bad_lines=skip_bad_lines)
@@ -208,7 +210,7 @@ def steer(
             corpus,
             opened,
             found,
-            target=_target(live, target, target_latent, found),
+            target=_target(live, target, target_feature, found),
             on=on,
             strengths=doses,
             controls=controls,
@@ -230,19 +232,19 @@ class _Asked:
     def __init__(
         self,
         sae: str | None,
-        latents: list[str],
+        features: list[str],
         contrast: tuple[Path, Path] | None,
         towards: Path | None,
         edit: list[str] | None,
         file: Path | None,
     ) -> None:
-        self.sae, self.latents, self.contrast, self.towards = sae, latents, contrast, towards
+        self.sae, self.features, self.contrast, self.towards = sae, features, contrast, towards
         self.edit, self.file = edit, file
 
-    def check(self, target: list[str] | None, target_latent: int | None) -> None:
+    def check(self, target: list[str] | None, target_feature: int | None) -> None:
         """Refuse what cannot be meant, before a model is loaded."""
         ways = {
-            "--latent": bool(self.latents), "--contrast": self.contrast is not None, "--towards": self.towards is not None,
+            "--feature": bool(self.features), "--contrast": self.contrast is not None, "--towards": self.towards is not None,
             "--edit or --intervention": self.edit is not None or self.file is not None,
         }  # fmt: skip
         given = [name for name, there in ways.items() if there]
@@ -250,12 +252,12 @@ class _Asked:
             raise InputError(
                 "say in one way what steers", expected=", ".join(ways), found=", ".join(given) or "none of them"
             )
-        if self.sae is None and (self.latents or self.towards is not None or target_latent is not None):
+        if self.sae is None and (self.features or self.towards is not None or target_feature is not None):
             raise InputError("this needs an autoencoder", fix="name one of the store: --sae NAME")
-        if (target is None) == (target_latent is None):
-            raise InputError("one of --target and --target-latent is needed, and only one")
-        for text in self.latents:
-            _read_latent(text)
+        if (target is None) == (target_feature is None):
+            raise InputError("one of --target and --target-feature is needed, and only one")
+        for text in self.features:
+            _read_feature(text)
 
     def made(
         self,
@@ -274,9 +276,9 @@ class _Asked:
         from moescope.sae.steering.descend import descend_to
         from moescope.sae.steering.latent_edit import feature_set
 
-        if self.latents:
+        if self.features:
             assert sae is not None
-            return _of_latents(self.latents, sae, store, only_active=only_active)
+            return _of_features(self.features, sae, store, only_active=only_active)
         if self.towards is not None:
             assert sae is not None
             return descend_to(sae, live, _lines(self.towards), steps=steps, rate=rate).intervention
@@ -292,31 +294,31 @@ class _Asked:
         return contrastive_mean(live, first, second, layer=layer).intervention
 
 
-def _of_latents(texts: list[str], sae: Autoencoder, store: Store, *, only_active: bool) -> Intervention:
+def _of_features(texts: list[str], sae: Autoencoder, store: Store, *, only_active: bool) -> Intervention:
     from moescope.core.intervention import Intervention
     from moescope.sae.steering.latent_edit import latent_edit
 
     edits: list[Edit] = []
     for text in texts:
-        latent, how, value = _read_latent(text)
-        made = latent_edit(sae, latent, how=how, value=value, only_active=only_active, store=store)  # type: ignore[arg-type]  # words of a pattern
+        feature, how, value = _read_feature(text)
+        made = latent_edit(sae, feature, how=how, value=value, only_active=only_active, store=store)  # type: ignore[arg-type]  # words of a pattern
         edits += made.intervention.edits
     named = ", ".join(texts[:3]) + (", …" if len(texts) > 3 else "")
     return Intervention(edits, name=f"latent{'s' if len(texts) > 1 else ''} {named}")
 
 
-def _read_latent(text: str) -> tuple[int, str, float | str]:
-    """Latent, how and value of `12=+5`."""
-    found = _LATENT.fullmatch(text.strip())
+def _read_feature(text: str) -> tuple[int, str, float | str]:
+    """Feature, how and value of `12=+5`."""
+    found = _FEATURE.fullmatch(text.strip())
     if found is None:
         raise InputError(
-            f"{text!r} says nothing about a latent",
+            f"{text!r} says nothing about a feature",
             expected="12=+5 (add), 12=5 (set), 12=*0 (scale), 12=+max or 12=mean",
         )
     value = found["value"]
     if found["how"] == "*" and value in ("max", "mean"):
         raise InputError(f"{text!r} scales by an activation", expected="12=*0, 12=*2, or 12=+max")
-    return int(found["latent"]), _HOW[found["how"]], value if value in ("max", "mean") else float(value)
+    return int(found["feature"]), _HOW[found["how"]], value if value in ("max", "mean") else float(value)
 
 
 def _autoencoder(store: Store, name: str | None, live: LiveModel) -> Autoencoder | None:
@@ -325,14 +327,14 @@ def _autoencoder(store: Store, name: str | None, live: LiveModel) -> Autoencoder
     return None if name is None else load_autoencoder(store, name, device=live.device, model=live)
 
 
-def _target(live: LiveModel, tokens: list[str] | None, latent: int | None, sae: Autoencoder | None) -> Target:
+def _target(live: LiveModel, tokens: list[str] | None, feature: int | None, sae: Autoencoder | None) -> Target:
     from moescope.sae.steering.targets import LatentTarget, TokenTarget
 
     if tokens is not None:
         return TokenTarget(live, tokens)
     assert sae is not None
-    assert latent is not None
-    return LatentTarget(sae, latent)
+    assert feature is not None
+    return LatentTarget(sae, feature)
 
 
 def _measured(

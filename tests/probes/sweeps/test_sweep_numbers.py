@@ -35,7 +35,7 @@ def test_sweep_gives_the_numbers_of_weights_zeroed_by_hand(
 ) -> None:
     module, ids = swept_model(family), token_ids(LENGTHS, seed=1)
     model = ms.load(module)
-    passes = SweepPasses(model, rows=4)
+    passes = SweepPasses(model, pass_size=4)
     found = passes.run(list(grouped(every_expert(model.anatomy))), _plan(model, ids))
     assert not passes.whole
     checked = 0
@@ -56,8 +56,8 @@ def test_passes_that_begin_at_the_layer_give_the_numbers_of_whole_ones(
 ) -> None:
     model = ms.load(swept_model("olmoe"))
     groups, plan = list(grouped(every_expert(model.anatomy, how))), _plan(model, token_ids(LENGTHS))
-    begun = SweepPasses(model, rows=5).run(groups, plan)
-    whole = SweepPasses(model, rows=3, resume=False).run(groups, plan)
+    begun = SweepPasses(model, pass_size=5).run(groups, plan)
+    whole = SweepPasses(model, pass_size=3, resume=False).run(groups, plan)
     for a, b in zip(begun, whole, strict=True):
         assert a.sums == pytest.approx(b.sums, abs=1e-4)
         assert np.abs(a.sums).sum() > 0
@@ -86,7 +86,7 @@ def test_variants_that_do_nothing_are_exactly_zero_beside_others(
     edits = [Scale(layer=1, experts=(0, 1), factor=1.0), Ablate(layer=1, experts=2, strength=0.0), TopK(layer=1, k=2),
              Ablate(layer=1, experts=range(6))]  # fmt: skip
     variants = [Variant(Intervention([edit]), effect=number) for number, edit in enumerate(edits)]
-    (found,) = SweepPasses(model, rows=3).run(list(grouped(variants)), _plan(model, token_ids((9, 9, 9))))
+    (found,) = SweepPasses(model, pass_size=3).run(list(grouped(variants)), _plan(model, token_ids((9, 9, 9))))
     assert (found.sums[:3] == 0).all()
     assert (found.sums[3, 1] > 0).all()
 

@@ -73,7 +73,7 @@ def test_sweep_ranks_the_expert_that_knows_first(taught: Any, corpus: Any, store
 
 
 def test_screening_ranks_it_first_too_and_confirms_it(taught: Any, corpus: Any, store: Any) -> None:
-    frame = sweep(ms.load(taught), corpus, store, screen=1, sample=5, progress=False).df()
+    frame = sweep(ms.load(taught), corpus, store, screen=1, verify=5, progress=False).df()
     estimates = frame[frame["metric"] == "ΔNLL estimate"]
     top = estimates.loc[estimates["value"].idxmax()]
     assert (top["layer"], top["expert"]) == (LAYER, EXPERT)
@@ -86,7 +86,7 @@ def test_dropping_by_a_score_that_knows_it_spares_the_model(taught: Any, corpus:
     model = ms.load(taught)
     worth = {(layer, expert): float((layer, expert) == (LAYER, EXPERT)) for layer in range(3) for expert in range(8)}
     found = sweep(
-        model, corpus, store, kind="drop", how="zero", scores=worth, shares=[0.25, 0.5], draws=8, progress=False
+        model, corpus, store, kind="drop", how="zero", scores=worth, shares=[0.25, 0.5], controls=8, progress=False
     )
     frame = found.df()
     curve = frame[frame["metric"] == "ΔNLL"]
@@ -101,7 +101,7 @@ def test_dropping_by_a_score_that_knows_it_spares_the_model(taught: Any, corpus:
         how="zero",
         scores=worth,
         shares=[0.25],
-        draws=8,
+        controls=8,
         highest=True,
         progress=False,
     ).df()
@@ -110,7 +110,9 @@ def test_dropping_by_a_score_that_knows_it_spares_the_model(taught: Any, corpus:
 
 
 def test_routing_is_worth_what_the_expert_knows_in_its_layer_only(taught: Any, corpus: Any, store: Any) -> None:
-    frame = sweep(ms.load(taught), corpus, store, kind="routing_value", draws=5, progress=False).df().set_index("place")
+    frame = (
+        sweep(ms.load(taught), corpus, store, kind="routing_value", controls=5, progress=False).df().set_index("place")
+    )
     assert frame.loc["L1", "ci_low"] > 0.1
     for label in ("L0", "L2"):
         assert frame.loc[label, "value"] == pytest.approx(0, abs=1e-6)

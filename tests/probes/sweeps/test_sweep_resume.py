@@ -40,7 +40,7 @@ def model(swept_model: Callable[..., Any]) -> Any:
     return ms.load(swept_model("deepseek_v3"))
 
 
-@pytest.mark.parametrize("options", [{}, {"screen": 3, "sample": 3}], ids=["exact", "screened"])
+@pytest.mark.parametrize("options", [{}, {"screen": 3, "verify": 3}], ids=["exact", "screened"])
 def test_stopped_sweep_ends_with_the_rows_of_an_unbroken_one(
     options: dict[str, Any], model: Any, corpus: Any, store: Any, tmp_path: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -79,7 +79,7 @@ def test_stopped_sweep_ends_with_the_rows_of_an_unbroken_one(
 
 def test_exact_numbers_of_a_screened_sweep_are_those_of_the_whole(model: Any, corpus: Any, store: Any) -> None:
     whole = sweep(model, corpus, store, progress=False).df()
-    part = sweep(model, corpus, store, screen=4, sample=4, progress=False).df()
+    part = sweep(model, corpus, store, screen=4, verify=4, progress=False).df()
     exact = whole[whole["metric"] == "ΔNLL"].set_index(["layer", "expert"])["value"]
     chosen = part[part["metric"] == "ΔNLL"].set_index(["layer", "expert"])
     assert len(chosen) == 8
@@ -125,8 +125,8 @@ def test_base_run_of_another_model_is_refused(
         ({"kind": "drop", "scores": {(0, 0): 1.0}}, "does not have"),
         ({"kind": "keep", "scores": "REAP"}, "no measure 'REAP'"),
         ({"kind": "top_k", "numbers": [9]}, "cannot take 9"),
-        ({"kind": "routing_value", "draws": 0}, "random routing"),
-        ({"screen": 0, "sample": 0}, "not shown alone"),
+        ({"kind": "routing_value", "controls": 0}, "random routing"),
+        ({"screen": 0, "verify": 0}, "not shown alone"),
         ({"kind": "drop", "screen": 3}, "screening is for"),
         ({"kind": "drop", "layers": [1]}, "layers are not for a sweep of kind drop"),
     ],

@@ -56,12 +56,12 @@ def test_random_sets_match_the_layers_and_differ_by_draw(demo_model: Any) -> Non
 
 def test_drop_sets_grow_and_leave_every_token_its_experts(demo_model: Any) -> None:
     scores = ExpertScores("worth", {(layer, "mlp"): np.arange(16.0) for layer in range(6)})
-    found = drop_sets(demo_model.anatomy, [scores], [0.25, 0.5, 1.0], draws=2)
+    found = drop_sets(demo_model.anatomy, [scores], [0.25, 0.5, 1.0], controls=2)
     sizes = [[len(edit.ids) for edit in v.intervention.edits if isinstance(edit, Ablate)] for v in found]
     assert sizes == [[4] * 6] * 3 + [[8] * 6] * 3 + [[14] * 6] * 3
     assert [(v.kind, v.draw) for v in found[:3]] == [("target", None), ("control", 0), ("control", 1)]
     assert found[0].intervention.edits[0].ids == (0, 1, 2, 3)
-    kept = keep_sets(demo_model.anatomy, [scores], [0.25, 0.01], draws=1)
+    kept = keep_sets(demo_model.anatomy, [scores], [0.25, 0.01], controls=1)
     assert [len(v.intervention.edits[0].ids) for v in kept] == [4, 4, 2, 2]
     first = kept[0].intervention.edits[0]
     assert isinstance(first, Keep)

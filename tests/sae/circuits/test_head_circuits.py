@@ -162,7 +162,15 @@ def test_planted_heads_carry_the_logits_and_the_rest_nothing(two_heads: Any, sto
     model = ms.load(two_heads)
     positives, negatives = _prompts(True, 24, 1), _prompts(False, 16, 2)
     found = head_circuit(
-        model, store, task=(positives, negatives), held_out=8, size=8, codes=16, steps=50, draws=2, progress=False
+        model,
+        store,
+        task=(positives, negatives),
+        test_prompts=8,
+        size=8,
+        codes=16,
+        steps=50,
+        controls=2,
+        progress=False,
     )
     assert found.ablation is None, "every head is of the circuit"
     outputs = head_outputs(model, [Prompt(tuple(ids)) for ids in negatives])
@@ -205,7 +213,7 @@ def test_heads_that_say_nothing_are_never_called_and_effects_are_stored(copying:
     positives = [[int(i) for i in random.integers(20, 90, 8)] for _ in range(36)]
     negatives = [[5, 6, 5, 6, 5, 6, 5, 6]] * 24
     found = head_circuit(
-        ms.load(copying), store, task=(positives, negatives), held_out=12, level=0.05, codes=32, sparsity=0.1, steps=150, draws=3,
+        ms.load(copying), store, task=(positives, negatives), test_prompts=12, fdr=0.05, codes=32, sparsity=0.1, steps=150, controls=3,
         shuffles=400, run_name="planted", progress=False,
     )  # fmt: skip
     assert set(found.members) <= {(1, "attn", 0), (1, "attn", 1)}
@@ -249,11 +257,11 @@ def test_prompts_alike_on_both_sides_give_no_circuit(tiny_model: Callable[..., A
         ms.load(tiny_model("llama")),
         store,
         task=(both[:36], both[36:]),
-        held_out=12,
-        level=0.05,
+        test_prompts=12,
+        fdr=0.05,
         codes=16,
         steps=60,
-        draws=2,
+        controls=2,
         progress=False,
     )
     assert found.members == []
@@ -267,10 +275,10 @@ def test_same_seed_same_circuit(tiny_model: Callable[..., Any]) -> None:
     options: dict[str, Any] = {
         "task": "induction",
         "examples": 5,
-        "held_out": 4,
+        "test_prompts": 4,
         "steps": 20,
         "size": 2,
-        "draws": 2,
+        "controls": 2,
         "progress": False,
     }
     first, again = (head_circuit(model, None, **options) for _ in range(2))
@@ -280,14 +288,16 @@ def test_same_seed_same_circuit(tiny_model: Callable[..., Any]) -> None:
     assert again.ablation is not None
     assert np.array_equal(first.ablation.value, again.ablation.value)
     assert first.known is not None
-    other = head_circuit(model, None, **options | {"positions": "all", "threshold": 0.999, "size": None, "held_out": 3})
+    other = head_circuit(
+        model, None, **options | {"positions": "all", "threshold": 0.999, "size": None, "test_prompts": 3}
+    )
     assert other.run is None
 
 
 def test_random_sets_have_as_many_heads_in_every_layer(two_heads: Any) -> None:
     heads = head_outputs(ms.load(two_heads), [Prompt((1, 2, 3))]).heads
     member = np.array([True, False, False, False, True, True, True, False])
-    for drawn in matched_sets(heads, member, draws=8, seed=0):
+    for drawn in matched_sets(heads, member, controls=8, seed=0):
         assert drawn[:4].sum() == 1
         assert not (drawn & member)[:4].any()
         assert drawn[4:].sum() == 3, "too few others in this layer: of all of it"
@@ -347,9 +357,9 @@ def test_prompts_of_ones_own_are_read(demo_model: Any) -> None:
         ({"examples": 1}, "examples cannot be 1"),
         ({"threshold": 1.0, "size": 3}, "one rule"),
         ({"threshold": -1.0}, "threshold cannot be -1"),
-        ({"level": 0.0}, "level cannot be 0"),
+        ({"fdr": 0.0}, "fdr cannot be 0"),
         ({"positions": "first"}, "positions"),
-        ({"draws": 1}, "draws cannot be 1"),
+        ({"controls": 1}, "controls cannot be 1"),
     ],
 )
 def test_what_makes_no_sense_is_refused(options: dict[str, Any], problem: str, demo_model: Any, store: Store) -> None:

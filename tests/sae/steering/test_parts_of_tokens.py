@@ -60,7 +60,7 @@ def test_a_head_s_or_an_expert_s_autoencoder_has_no_code_of_a_token(model: Any, 
     width = text_vectors(model, TEXTS[:1], [Site.parse(HEADS)])[Site.parse(HEADS)].shape[-1]
     of_heads = from_disk(weights(width), site=HEADS)
     assert mean_codes(of_heads, model, TEXTS).shape == (2, 24)
-    assert LatentTarget(of_heads, 3).latent == 3
+    assert LatentTarget(of_heads, 3).feature == 3
     # As wide as all heads side by side, so that no width gives it away.
     head = of_part(of_heads, HEADS, head=1)
     with pytest.raises(InputError, match="reads one head or expert alone"):
@@ -87,7 +87,7 @@ def test_an_activation_is_no_factor(model: Any, weights: Callable[..., Path], tm
     app = typer.Typer()
     app.command()(steer)
     where = ["demo", "--store", str(tmp_path / "runs.duckdb"), "--data", str(tmp_path / "texts.txt"), "--device", "cpu"]
-    words = ["--sae", "mine", "--latent", text, "--target", "e", "--strengths", "1", "--controls", "2"]
+    words = ["--sae", "mine", "--feature", text, "--target", "e", "--strengths", "1", "--controls", "2"]
     done = CliRunner().invoke(app, [*where, *words])
     assert isinstance(done.exception, InputError), done.output
     assert f"{text!r} scales by an activation" in str(done.exception)

@@ -48,7 +48,7 @@ def run(store: Path, *words: str) -> Any:
 
 def test_latents_are_steered_measured_stored_and_saved(store: Path) -> None:
     saved = store.parent / "steer.json"
-    words = ["--sae", "mine", "--latent", "3=+6", "--latent", "5=*0", "--target", "e", "--strengths", "0,1"]
+    words = ["--sae", "mine", "--feature", "3=+6", "--feature", "5=*0", "--target", "e", "--strengths", "0,1"]
     found = run(store, *words, "--save-intervention", str(saved))
     assert found.exit_code == 0, found.output
     answer = json.loads(found.stdout[found.stdout.index("{") :])
@@ -62,7 +62,7 @@ def test_latents_are_steered_measured_stored_and_saved(store: Path) -> None:
 
 def test_contrast_finds_its_layer_and_a_latent_is_a_target(store: Path) -> None:
     sides = [str(store.parent / "code.txt"), str(store.parent / "prose.txt")]
-    found = run(store, "--sae", "mine", "--contrast", *sides, "--top", "4", "--target-latent", "2", "--strengths", "1")
+    found = run(store, "--sae", "mine", "--contrast", *sides, "--top", "4", "--target-feature", "2", "--strengths", "1")
     assert found.exit_code == 0, found.output
     assert "latent 2 of mine" in found.output
     found = run(store, "--contrast", *sides, "--target", "e", "--strengths", "1")
@@ -73,14 +73,14 @@ def test_contrast_finds_its_layer_and_a_latent_is_a_target(store: Path) -> None:
     ("words", "said"),
     [
         (["--target", "e"], "in one way"),
-        (["--latent", "3=+6", "--target", "e"], "needs an autoencoder"),
-        (["--sae", "mine", "--latent", "3=+6"], "one of --target"),
-        (["--sae", "mine", "--latent", "3=+6", "--target", "e", "--target-latent", "1"], "one of --target"),
-        (["--sae", "mine", "--latent", "3:6", "--target", "e"], "says nothing"),
-        (["--sae", "mine", "--latent", "99=+6", "--target", "e"], "no latent 99"),
-        (["--sae", "mine", "--latent", "3=+max", "--target", "e"], "not known"),
-        (["--sae", "other", "--latent", "3=+6", "--target", "e"], "no autoencoder 'other'"),
-        (["--sae", "mine", "--latent", "3=+6", "--target", "a longer text"], "tokens"),
+        (["--feature", "3=+6", "--target", "e"], "needs an autoencoder"),
+        (["--sae", "mine", "--feature", "3=+6"], "one of --target"),
+        (["--sae", "mine", "--feature", "3=+6", "--target", "e", "--target-feature", "1"], "one of --target"),
+        (["--sae", "mine", "--feature", "3:6", "--target", "e"], "says nothing"),
+        (["--sae", "mine", "--feature", "99=+6", "--target", "e"], "no latent 99"),
+        (["--sae", "mine", "--feature", "3=+max", "--target", "e"], "not known"),
+        (["--sae", "other", "--feature", "3=+6", "--target", "e"], "no autoencoder 'other'"),
+        (["--sae", "mine", "--feature", "3=+6", "--target", "a longer text"], "tokens"),
         (["--contrast", "nowhere.txt", "nothing.txt", "--target", "e"], "cannot read"),
     ],
 )
