@@ -19,6 +19,8 @@ BARS = {
 """Milliseconds and megabytes; `browser` and `server` are medians of interactions that end there."""
 
 FIGURE = "document.querySelector('.page .js-plotly-plot .main-svg .plot, .page .js-plotly-plot .sankey, .page .js-plotly-plot image')"
+BELOW = f"(document.querySelector('.panel')?.scrollIntoView({{block: 'center'}}), {FIGURE})"
+"""The first figure of a page that shows other things first: a reader scrolls to it at once, and it is made as it comes into view."""
 _FILLED = "document.querySelector('.page .card-value, .page .ag-row, .page table td, .page .facts, .page .empty, .page .refusal')"
 _PAINTED = "document.querySelector('#tokview[data-ready=painted] .tok')"
 
@@ -90,7 +92,7 @@ PLANS: dict[str, PagePlan] = {
                 ),
                 "table, sorted": Interaction(
                     "document.querySelectorAll('.ag-header-cell-label')[{i} % 2 ? 11 : 7]?.click()",
-                    changed(".ag-center-cols-container .ag-row[row-index='0']"),
+                    changed(".ag-center-cols-container .ag-row"),
                     query="?run=base&view=table",
                     ready="document.querySelector('.ag-row .cell-link')",
                 ),
@@ -103,7 +105,7 @@ PLANS: dict[str, PagePlan] = {
                 "card of a token": Interaction("window.moescope.change({token: 1000 + {i} * 37})", changed(".detail-title")),
             },
         ),
-        PagePlan("/", useful="document.querySelector('.page .card-value')"),
+        PagePlan("/", useful="document.querySelector('.page .card-value')", figure=BELOW),
         PagePlan(
             "/experts",
             useful="document.querySelector('.page .ag-row')",
@@ -112,7 +114,7 @@ PLANS: dict[str, PagePlan] = {
                     "window.moescope.change({layer: {i} * 5 % 48, expert: {i} * 11 % 64})", changed(".detail-title, #expert-full h2")
                 ),
                 "measure": Interaction(
-                    "window.moescope.change({measure: ['load', 'weight', 'norm', 'load'][{i} % 4]})",
+                    "window.moescope.change({measure: ['load', 'weight', 'norm'][{i} % 3]})",
                     changed("#expert-table-words, .page .ag-row"),
                 ),
             },
@@ -130,11 +132,13 @@ PLANS: dict[str, PagePlan] = {
         PagePlan(
             "/compare",
             query="?run=base&other=edited",
+            figure="",  # asks before it reads so many decisions
             useful="document.querySelector('#cmp-body table td, #cmp-body .ag-row, #cmp-body .card-value')",
         ),
         PagePlan("/sql", useful="document.querySelector('#sql-text')", figure=""),
         PagePlan(
             "/features",
+            figure=BELOW,
             useful="document.querySelector('#features-body .ag-row, #features-body .card-value, #features-body .facts')",
             interactions={
                 "a feature": Interaction(

@@ -71,7 +71,7 @@ def main() -> None:
     if unknown := [name for name in wanted if name not in known]:
         sys.exit(f"there is no benchmark {', '.join(unknown)}. Expected: {', '.join(known)}.")
     ran = [_run(known[name], given.size) for name in wanted or known]
-    page = _page(ran, given.size, given.only)
+    page = _page(ran, given.size, given.out.read_text(encoding="utf-8") if given.out.exists() else "")
     partial = given.out.with_suffix(".partial")
     partial.write_text(page, encoding="utf-8")
     partial.replace(given.out)
@@ -82,7 +82,9 @@ def main() -> None:
 def _arguments() -> argparse.Namespace:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("--size", choices=("quick", "full"), default="quick")
-    options.add_argument("--only", default="", help="names of files, with commas between them; all where left out")
+    options.add_argument(
+        "--only", default="", help="names of files, with commas between them; the page keeps the others"
+    )
     options.add_argument("--out", type=Path, default=HERE.parent / "docs" / "benchmarks.md")
     return options.parse_args()
 
@@ -100,23 +102,37 @@ def _run(benchmark: Benchmark, size: str) -> Ran:
     return Ran(benchmark, f"python benchmarks/{benchmark.file} {shown}".strip(), done.stdout, error, seconds, load)
 
 
-def _page(ran: list[Ran], size: str, only: str) -> str:
-    some = f" --only {only}" if only else ""
-    left_out = [one.title for one in BENCHMARKS if one not in [done.benchmark for done in ran]]
+def _page(ran: list[Ran], size: str, before: str) -> str:
+    """The page; of benchmarks that were not run again, the sections that it had, if it was of this machine."""
+    facts = _table(("the machine", ""), list(machine().items()))
+    sections = _sections(before) if facts in before else {}
+    sections |= {one.benchmark.title: _section(one) for one in ran}
+    left_out = [one.title for one in BENCHMARKS if one.title not in sections]
     parts = [
         "# Benchmarks\n\n"
-        f"Written by `make bench` (`benchmarks/everything.py --size {size}{some}`). Times are of the machine below and of its load then;"
+        f"Written by `make bench` (`benchmarks/everything.py --size {size}`). Times are of the machine below and of its load then;"
         " ratios, taken in turn in one process, carry over better than seconds."
         + (f" Not run for this page: {', '.join(left_out)}." if left_out else "")
         + "\n",
-        _table(("the machine", ""), list(machine().items())),
+        facts,
+        *(sections[one.title] for one in BENCHMARKS if one.title in sections),
     ]
-    for one in ran:
-        parts.append(f"## {one.benchmark.title}\n\n{_head(HERE / one.benchmark.file)}\n")
-        parts.append(f"`{one.command}`: {one.seconds:.0f} s; {one.load:.1f} programs wanted a core when it began.\n")
-        if one.error:
-            parts.append(f"**Failed**: `{one.error}`\n")
-        parts.append(_output(one.said))
+    return "\n".join(parts)
+
+
+def _sections(page: str) -> dict[str, str]:
+    """Title → section of a page that was written before."""
+    return {part.split("\n", 1)[0]: f"## {part.rstrip()}\n" for part in page.split("\n## ")[1:]}
+
+
+def _section(one: Ran) -> str:
+    when = f"commit {_commit()}, {datetime.datetime.now(datetime.UTC):%Y-%m-%d}"
+    parts = [
+        f"## {one.benchmark.title}\n\n{_head(HERE / one.benchmark.file)}\n",
+        f"`{one.command}`: {one.seconds:.0f} s; {one.load:.1f} programs wanted a core when it began; {when}.\n",
+        f"**Failed**: `{one.error}`\n" if one.error else "",
+        _output(one.said),
+    ]
     return "\n".join(part for part in parts if part)
 
 
@@ -129,8 +145,6 @@ def machine() -> dict[str, str]:
         "System": platform.platform(terse=True),
         "Python": platform.python_version(),
         "Versions": ", ".join(f"{name} {version(name)}" for name in ("moescope", *VERSIONS)),
-        "Commit": _commit(),
-        "Day": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
     }
 
 

@@ -38,9 +38,7 @@ def facts(rows: list[tuple[str, Any]]) -> Any:
     return dmc.Table(
         dmc.TableTbody(
             [
-                dmc.TableTr(
-                    [dmc.TableTh(name, className="fact-name"), dmc.TableTd(value, className="foreign fact-value")]
-                )
+                dmc.TableTr([dmc.TableTh(name, className="fact-name"), dmc.TableTd(value, className="foreign")])
                 for name, value in rows
             ]
         ),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from typing import Any
 
 import dash_mantine_components as dmc
@@ -24,6 +23,7 @@ from moescope.dashboard.expert_parts import (
     with_interval,
 )
 from moescope.dashboard.records import Router, expert_name
+from moescope.dashboard.unrecorded import command, quoted
 from moescope.dashboard.url_state import ViewState, link
 from moescope.routing.effects.metric_names import metric_name
 from moescope.routing.features.feature_tables import chosen_sae
@@ -206,15 +206,15 @@ def _controls(effect: expert_records.Measured) -> str:
 
 def _not_measured(run: Run, router: Router, here: ViewState) -> Any:
     edit = edit_line(router, here.expert or 0)
-    command = f"moescope intervene effect {shlex.quote(run.model)} --edit {shlex.quote(edit)} --store {shlex.quote(str(run.store.path))}"
+    measures = command(run, f"intervene effect {{model}} --edit {quoted(edit)}", model=True)
     return dmc.Stack(
         [
             quiet("Not measured in a sweep over experts. Measure this one beside random controls, or every one alone:"),
-            dmc.Code(command, className="command foreign"),
+            dmc.Code(measures, className="command foreign"),
             dmc.Group(
                 [
                     dmc.CopyButton(
-                        value=command, children="Copy", copiedChildren="Copied", size="xs", variant="default"
+                        value=measures, children="Copy", copiedChildren="Copied", size="xs", variant="default"
                     ),
                     dmc.Anchor("Measure it on the Work page →", href=link("/work", here), size="sm"),
                 ],

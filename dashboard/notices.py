@@ -20,7 +20,7 @@ def empty(title: str, why: str, *, command: str | None = None) -> Any:
         parts.append(
             dmc.Group(
                 [
-                    dmc.Code(command, className="command"),
+                    dmc.Code(command, className="command foreign"),
                     dmc.CopyButton(value=command, children="Copy", copiedChildren="Copied", size="xs"),
                 ],
                 gap="sm",

@@ -102,6 +102,19 @@ def find_router(run: Run, state: ViewState, known: list[Router]) -> Router:
     return chosen
 
 
+def choices(run: Run) -> int:
+    """Choices of the run by its loads: tokens × routers × k; 0 without loads."""
+    rows = run.store.fetch(
+        """
+        SELECT coalesce(sum(tokens), 0)::BIGINT
+        FROM loads
+        WHERE run_id = ? AND expert >= 0
+        """,
+        [run.run_id],
+    )
+    return int(rows[0][0])
+
+
 def model_layers(run: Run) -> list[int]:
     """The layers of the run's model, of every kind."""
     rows = run.store.fetch("SELECT DISTINCT layer FROM layers WHERE run_id = ? ORDER BY layer", [run.run_id])

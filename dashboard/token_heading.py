@@ -101,7 +101,7 @@ def _badge(text: str, href: str) -> Any:
     return html.Span(
         [
             html.Span(text, className="foreign"),
-            dmc.Anchor("×", href=href, underline="never", className="take-away", anchorProps=named(f"remove {text}")),
+            dmc.Anchor("×", href=href, underline="never", anchorProps=named(f"remove {text}")),
         ],
         className="clause",
     )

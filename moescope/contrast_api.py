@@ -177,12 +177,15 @@ def _check(
     if method not in METHODS:
         raise InputError(f"there is no method {method!r}", expected=", ".join(METHODS))
     if (method == "npmi") != (words is not None):
-        raise InputError("npmi needs words, and only npmi takes them", fix="method='npmi', words='Wait,Alternatively'")
+        raise InputError(
+            "npmi needs words, and only npmi takes them",
+            fix="method='npmi', words='Wait,Alternatively' (--method npmi --words …)",
+        )
     numbers = (suppress, stimulate, *(steer or (0, 0)))
     if min(numbers) < 0 or not any(numbers):
         raise InputError("nothing is to be suppressed or stimulated", expected="numbers from 0, and not all of them 0")
     if controls < 1:
-        raise InputError("an effect is never shown without its control", expected="controls=1 or more")
+        raise InputError("an effect is never shown without its control", expected="controls=1 or more (--controls)")
     if amount is not None and not amount > 0:
         raise InputError("the amount cannot be used", expected="a number above 0", found=f"{amount}")
 

@@ -10,7 +10,6 @@ from moescope.probes.pieces import Pieces
 
 # A key belongs to the first of these that fits, so that the shares sum to 1.
 KEY_CLASSES = ("first", "special", "punctuation", "self", "local", "other")
-SINK_LOGIT = "sink_logit"
 LOCAL = 16
 PLAIN, SPECIAL, PUNCTUATION = 0, 1, 2
 

@@ -60,11 +60,6 @@ class AttentionSums:
         counted = self.n[:, place, None]
         return torch.where(counted > 0, self.sums[:, place] / counted, torch.nan)
 
-    def pooled(self, metric: str) -> Float[torch.Tensor, " head"]:
-        """Value over all sequences together, each query counting the same."""
-        place = self.names.index(metric)
-        return self.sums[:, place].double().sum(0) / self.n[:, place].sum()
-
 
 def reduce_pattern(
     slices: PatternSlices,

@@ -65,8 +65,7 @@ class Recording:
     ) -> None:
         check_part(batches, resume=resume)
         check_sizes(batch_size, max_length, generate, sample, padding)
-        if store.read_only:
-            raise InputError(f"{store.path} is open for reading only", fix="open it with Store(path)")
+        store.check_writable()
         check_room(store)
         self.model, self.corpus, self.store, self.name, self.seed = model, corpus, store, name, seed
         self.edits = (

@@ -63,7 +63,7 @@ def run_until(model: LiveModel, batch: DeviceBatch, layer: int) -> None:
             f"a pass cannot be stopped after block {layer}",
             expected=f"the model to run {model.anatomy.block_paths[layer]} as a module",
             found="a pass that came to its end",
-            fix="leave out stop_after (--stop-after)",
+            fix="leave out stop_after",
         )
     finally:
         handle.remove()
@@ -82,7 +82,7 @@ def check_stop(model: LiveModel, layer: int) -> None:
         raise InputError(
             f"{model.name} cannot stop a pass after a block",
             found=reason,
-            fix="leave out stop_after (--stop-after)",
+            fix="leave out stop_after",
         )
 
 
@@ -123,7 +123,7 @@ def check_same(model: LiveModel, batch: DeviceBatch, sites: Iterable[Site], laye
         if not _identical([t for s, t in whole if s == site], [t for s, t in seen if s == site]):
             raise RunError(
                 f"passes stopped after block {layer} give other vectors at {site} than whole passes",
-                fix="leave out stop_after (--stop-after), and please report it",
+                fix="leave out stop_after, and please report it",
             )
 
 

@@ -74,8 +74,7 @@ def delete_runs(store: Store, runs: Sequence[Run]) -> Deleted:
         InputError: the store is open for reading only, a run is being recorded, or is no longer there. Nothing is deleted.
         RunError: the rows are deleted, but files of vectors could not be.
     """
-    if store.read_only:
-        raise InputError(f"{store.path} is open for reading only", fix="open it with Store(path)")
+    store.check_writable()
     connection = store.connection
     rows: dict[str, int] = {}
     try:

@@ -1,4 +1,4 @@
-"""Effects of interventions: written in whole transactions, found again, deleted."""
+"""Effects of interventions: written in whole transactions, and found again."""
 
 from __future__ import annotations
 
@@ -117,8 +117,7 @@ def write_effects(store: Store, measured: Sequence[Measured]) -> None:
         InputError: the store is open for reading only, or a base run is not in it.
         RunError: they could not be written; nothing of them is stored.
     """
-    if store.read_only:
-        raise InputError(f"{store.path} is open for reading only", fix="open it with Store(path)")
+    store.check_writable()
     known = {str(run_id) for (run_id,) in store.fetch("SELECT run_id FROM runs")}
     if lost := {entry.base_run_id for entry in measured} - known:
         raise InputError(
@@ -149,22 +148,6 @@ def effect_ids(run: Run) -> list[str]:
         ORDER BY effect_id
     """
     return [effect_id for (effect_id,) in run.store.fetch(query, [run.run_id])]
-
-
-def delete_effects(store: Store, effect_ids: Sequence[str]) -> dict[str, int]:
-    """Delete effects with their controls, in one transaction; gives table → rows. Deleting a base run does so by itself.
-
-    Raises:
-        InputError: the store is open for reading only.
-    """
-    if store.read_only:
-        raise InputError(f"{store.path} is open for reading only", fix="open it with Store(path)")
-    deleted: dict[str, int] = {}
-    with transaction(store.connection):
-        for table in ("effects", "effect_sequences"):
-            query = f'DELETE FROM "{table}" WHERE list_contains(?::VARCHAR[], effect_id::VARCHAR)'
-            deleted[table] = int(store.connection.execute(query, [list(effect_ids)]).fetchall()[0][0])
-    return deleted
 
 
 def _effect_rows(measured: Sequence[Measured]) -> pa.Table:

@@ -151,8 +151,8 @@ def _check_paths(out: Store | str | Path, shards: Sequence[Path]) -> None:
         if path.resolve() in seen:
             raise InputError(f"{path} is given twice", fix="name every shard once")
         seen[path.resolve()] = path
-    if isinstance(out, Store) and out.read_only:
-        raise InputError(f"{out.path} is open for reading only", fix="open it with Store(path)")
+    if isinstance(out, Store):
+        out.check_writable()
 
 
 def _name(shards: Sequence[Shard], name: str | None) -> str:

@@ -155,5 +155,4 @@ def _insert(run: Run, name: str, rows: pa.Table) -> None:
 
 
 def _check(run: Run) -> None:
-    if run.store.read_only:
-        raise InputError(f"{run.store.path} is open for reading only", fix="open it with Store(path)")
+    run.store.check_writable()

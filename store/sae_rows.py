@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import duckdb
 import pyarrow as pa
 
-from moescope.core.errors import InputError, RunError
+from moescope.core.errors import RunError
 from moescope.store.schema import TABLE_BY_NAME
 from moescope.store.transaction import transaction
 
@@ -30,8 +30,7 @@ def write_rows(store: Store, tables: Mapping[str, Rows], *, over: Sequence[tuple
         InputError: the store is open for reading only.
         RunError: they could not be written; nothing changed.
     """
-    if store.read_only:
-        raise InputError(f"{store.path} is open for reading only", fix="open it with Store(path)")
+    store.check_writable()
     ready = {name: rows if isinstance(rows, pa.Table) else _arrow(name, rows) for name, rows in tables.items()}
     connection = store.connection
     try:

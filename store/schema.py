@@ -1,4 +1,7 @@
-"""The tables of a store, as data: the file is made from these, and so is the documentation."""
+"""The tables of a store, as data: the file is made from these, and so is the documentation.
+
+Long because it is one list: every table with its columns, in the order of the file.
+"""
 
 from __future__ import annotations
 

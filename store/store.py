@@ -152,6 +152,11 @@ class Store:
         """Room that each run takes, by run_id: an estimate for the tables, exact for the vectors beside the store."""
         return run_sizes(self)
 
+    def check_writable(self) -> None:
+        """Raise `InputError` where the store is open for reading only."""
+        if self.read_only:
+            raise InputError(f"{self.path} is open for reading only", fix="open it with Store(path)")
+
     def begin_run(self, *, name: str, **columns: Any) -> Run:
         """Enter a new run with status `running`.
 
@@ -162,8 +167,7 @@ class Store:
         Raises:
             InputError: the name is taken, or empty.
         """
-        if self.read_only:
-            raise InputError(f"{self.path} is open for reading only", fix="open it with Store(path)")
+        self.check_writable()
         check_run_name(name)
         for status, started in self.fetch("SELECT status, started_at FROM runs WHERE name = ?", [name]):
             raise InputError(
@@ -261,8 +265,7 @@ class Store:
             InputError: the store is open for reading only, or a run is being recorded.
             StoreError: something else uses the file, or there is no room for a second one. The store is as it was.
         """
-        if self.read_only:
-            raise InputError(f"{self.path} is open for reading only", fix="open it with Store(path)")
+        self.check_writable()
         if busy := [name for (name,) in self.fetch("SELECT name FROM runs WHERE status = 'running'")]:
             raise InputError(f"run {busy[0]!r} is being recorded", fix="wait until it is done, and compact then")
         self.close()

@@ -23,7 +23,7 @@
 
   const Grid = React.lazy(() => load().then((grid) => ({ default: grid.AgGrid })));
   function AgGrid(props) {
-    const place = React.createElement("div", { id: typeof props.id === "string" ? props.id : undefined, style: props.style, className: "grid-waiting" });
+    const place = React.createElement("div", { id: typeof props.id === "string" ? props.id : undefined, style: props.style });
     return React.createElement(React.Suspense, { fallback: place }, React.createElement(Grid, props));
   }
   /* The renderer reads these from a component's class. */

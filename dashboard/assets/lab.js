@@ -1,4 +1,6 @@
-/* The lab: the list of edits, and what follows from them, painted from data. Every text goes through textContent. */
+/* The lab: the list of edits, and what follows from them, painted from data. Every text goes through textContent.
+   It is one file because painting, requests and callbacks all read and write one state, the edits and their answer, which no
+   other script may reach. */
 (function () {
   "use strict";
   const no = () => window.dash_clientside.no_update;
@@ -60,10 +62,6 @@
   const withStrength = (info, strength) => info.base + (strength === 1 ? "" : " strength=" + strength);
 
   function write(list) { window.moescope.change({ edits: list.join(";") }); }
-  window.moescope = Object.assign(window.moescope || {}, {
-    /* Add an edit to the selection, from any page. */
-    add_edit(text) { write([...lines(), text.trim()]); },
-  });
 
   /* Undo and redo follow the list alone; Back undoes everything. */
   function remember() {

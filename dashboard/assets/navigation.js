@@ -118,13 +118,6 @@
         if (cell && cell.rowId) { const [layer, expert] = cell.rowId.split(":"); change({ layer, expert }); }
         return no();
       },
-      cell_to_expert(click) {
-        const point = click && click.points && click.points[0];
-        const layer = point && /^L(\d+)(?: (\S+))?$/.exec(point.y);
-        const expert = point && /^E(\d+)$/.exec(point.x);
-        if (layer && expert) change({ layer: layer[2] ? layer[1] + "." + layer[2] : layer[1], expert: expert[1] });
-        return no();
-      },
     },
   });
 

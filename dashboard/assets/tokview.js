@@ -1,4 +1,6 @@
-/* Coloured tokens of a long text: lines are broken once, and only those in sight are drawn. Text goes through textContent. */
+/* Coloured tokens of a long text: lines are broken once, and only those in sight are drawn. Text goes through textContent.
+   It is one file because drawing, moving, selecting and colouring all work on one view in one closure, which no other script
+   may reach. */
 (function () {
   "use strict";
   const LINE = 22, PAD = 10, SPARE = 6, GAP = 1;

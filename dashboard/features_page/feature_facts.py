@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from moescope.dashboard.features_page.readings import Reading
+from moescope.routing.features.feature_tables import RULES
 from moescope.store.run import Run
 
 _FEATURE = """
@@ -17,7 +18,6 @@ _LABELS = """
     FROM feature_labels
     WHERE run_id = $run AND sae_id = $sae AND feature = $feature AND lift IS NOT NULL
     ORDER BY lift DESC, label
-    LIMIT 60
 """
 _LINKS = """
     SELECT l.kind, CASE WHEN l.feature = $feature THEN l.other_feature ELSE l.feature END AS other,
@@ -37,7 +37,7 @@ _RULES = """
     LEFT JOIN sae_measures c ON c.run_id = s.run_id AND c.sae_id = s.sae_id AND c.metric = s.metric
         AND c.group_kind = s.group_kind AND c.group_value = s.group_value AND c.condition = 'shuffled'
     WHERE s.run_id = $run AND s.sae_id = $sae AND s.group_kind = 'feature' AND s.group_value = $feature::VARCHAR
-        AND s.condition = 'sae' AND s.metric LIKE 'predicted_by_%'
+        AND s.condition = 'sae' AND list_contains($rules, s.metric)
     ORDER BY s.value DESC
 """
 _DESCRIPTIONS = """
@@ -81,8 +81,8 @@ class FeatureFacts:
     def __init__(self, run: Run, reading: Reading, feature: int) -> None:
         self.run, self.reading, self.feature = run, reading, feature
 
-    def _rows(self, query: str) -> list[dict[str, Any]]:
-        given = {"sae": self.reading.sae_id, "feature": self.feature}
+    def _rows(self, query: str, **more: Any) -> list[dict[str, Any]]:
+        given = {"sae": self.reading.sae_id, "feature": self.feature, **more}
         rows: list[dict[str, Any]] = self.run.sql(query, given).to_arrow_table().to_pylist()
         return rows
 
@@ -101,7 +101,7 @@ class FeatureFacts:
 
     def rules(self) -> list[dict[str, Any]]:
         """How well simple rules predict it."""
-        return self._rows(_RULES)
+        return self._rows(_RULES, rules=list(RULES))
 
     def descriptions(self) -> list[dict[str, Any]]:
         """Descriptions with their scores."""

@@ -89,7 +89,7 @@ def rules(rows: list[dict[str, Any]]) -> Any:
         return _none("Not scored: it fires too rarely, or `moescope sae read` was told not to.")
     body = [
         [
-            f"by {RULE_NAMES.get(row['metric'], row['metric'].removeprefix('predicted_by_'))}",
+            f"by {RULE_NAMES[row['metric']]}",
             _with_bounds(row["value"], row["ci_low"], row["ci_high"]),
             numbers.decimal(row["null_value"]),
             numbers.count(row["n"]),

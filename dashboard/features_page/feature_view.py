@@ -41,6 +41,7 @@ def feature_view(run: Run, reading: Reading, feature: int, state: ViewState) -> 
         )
     here = state.selection().but(sae=reading.name, feature=feature)
     given = {"sae": reading.sae_id, "feature": feature}
+    describe = f"sae describe --sae {quoted(reading.name)} --run {{run}} --unit {feature} --command 'llm -m MODEL'"
     return html.Div(
         [
             _head(reading, feature, state, whole),
@@ -54,10 +55,7 @@ def feature_view(run: Run, reading: Reading, feature: int, state: ViewState) -> 
             html.Div(
                 [
                     cards.section("Labels", labels(facts.labels(), here.but(run=run.name))),
-                    cards.section(
-                        "Descriptions",
-                        described(facts.descriptions(), command(run, f"sae describe --sae {quoted(reading.name)}")),
-                    ),
+                    cards.section("Descriptions", described(facts.descriptions(), command(run, describe))),
                     cards.section("Simple rules", rules(facts.rules())),
                     cards.section("Logits", logits(whole, run)),
                     cards.section("Neighbours", links(facts.links(), here)),

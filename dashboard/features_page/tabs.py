@@ -29,7 +29,7 @@ class Shown:
     Attributes:
         analysis, title: its name, and what it is called where it is empty.
         shows: what it would show.
-        verb: words of the command that fills it.
+        verb: words of the command that fills it, with `{sae}`, `{run}` and `{model}` for what is shown.
         model: whether the verb takes the run's model.
         there: a query that gives a row where there is something, of `$run` and `$sae`.
         of_sae: whether it takes `sae`.
@@ -70,8 +70,8 @@ _SWEPT = """
 _CIRCUIT = "SELECT 1 FROM heads WHERE run_id = $run AND metric = 'circuit_codes' LIMIT 1"
 _FEATURES = _OF_SAE.format(table="features")
 _PAIRS = _OF_SAE.format(table="feature_experts")
-_JUDGE = "sae judge --sae {sae} --model {model}"
-_JOIN = "sae experts --sae {sae} --model {model}"
+_JUDGE = "sae judge --sae {sae} --model {model} --run {run}"
+_JOIN = "sae experts --sae {sae} --model {model} --run {run}"
 
 PANELS: dict[str, tuple[Shown, ...]] = {
     "latents": (
@@ -123,13 +123,13 @@ PANELS: dict[str, tuple[Shown, ...]] = {
         ),
         Shown(
             "mlp_students", "Students of an MLP", "Whether an MLP is better imitated by a sparse mixture of experts.",
-            "sae students {model} --layer 0", _OF_RUN.format(table="mlp_students"), model=True, of_sae=False,
+            "sae students {model} --layer 0 --run {run}", _OF_RUN.format(table="mlp_students"), model=True, of_sae=False,
         ),
     ),
     "concepts": (
         Shown(
             "sparse_probes", "Sparse probes", "How few units tell a concept, beside random ones and permuted labels.",
-            "sae probe --run {run} --units expert --k 1,2,4", _OF_RUN.format(table="sparse_probes"), of_sae=False, height=520,
+            "sae probe --run {run} --units expert --k 1 --k 2 --k 4", _OF_RUN.format(table="sparse_probes"), of_sae=False, height=520,
         ),
         Shown(
             "concept_experts", "Concepts and single units", "The single expert, neuron or latent that tells each concept best.",
@@ -142,13 +142,14 @@ PANELS: dict[str, tuple[Shown, ...]] = {
         ),
         Shown(
             "descriptions", "Descriptions", "What descriptions say of units, and whether that tells where they are active.",
-            "sae describe --sae {sae} --command 'llm -m MODEL'", _OF_RUN.format(table="descriptions"), of_sae=False, height=600,
+            "sae describe --sae {sae} --run {run} --unit 0 --command 'llm -m MODEL'", _OF_RUN.format(table="descriptions"),
+            of_sae=False, height=600,
         ),
     ),
     "steering": (
         Shown(
             "steering_dose", "Dose and response", "What steering reaches at each strength and what it costs, beside matched controls.",
-            "sae steer {model} --sae {sae} --feature 7=+5 --target ' the'",
+            "sae steer {model} --base {run} --sae {sae} --feature 7=+5 --target ' the'",
             _SWEPT,
             model=True, of_sae=False, height=480,
         ),
@@ -166,14 +167,16 @@ def tab(name: str, run: Run, reading: Reading) -> Any:
     return html.Div([_shown(each, run, reading) for each in PANELS[name]])
 
 
+def filled_by(each: Shown, run: Run, reading: Reading) -> str:
+    """The command that records what a panel shows."""
+    return command(run, each.verb.replace("{sae}", quoted(reading.name)), model=each.model)
+
+
 def _shown(each: Shown, run: Run, reading: Reading) -> Any:
     given = {"run": run.run_id, "sae": reading.sae_id}
     asked = {key: value for key, value in given.items() if f"${key}" in each.there}
     if not run.store.fetch(each.there, asked):
-        words = each.verb.replace("{sae}", quoted(reading.name))
-        return unrecorded(
-            each.title, each.shows, command(run, words, model=each.model), why=f"not recorded for run {run.name}"
-        )
+        return unrecorded(each.title, each.shows, filled_by(each, run, reading), why=f"not recorded for run {run.name}")
     parameters = {**each.given, **({"sae": reading.sae_id} if each.of_sae else {})}
     return panel(
         each.analysis.replace("_", ""),

@@ -13,11 +13,11 @@ from moescope.core.intervention import Intervention
 from moescope.dashboard import cards, grids, notices
 from moescope.dashboard.answers import Answers
 from moescope.dashboard.records import routers
+from moescope.dashboard.unrecorded import command, quoted
 from moescope.dashboard.url_state import MAX_EDITS, ViewState, link
 from moescope.store.run import Run
 
 SHOWN = 500
-COMMAND = 'moescope intervene effect {model} --store {path} --edit "{edit}"'
 
 _EDITS = """
     SELECT effect_id::VARCHAR, any_value(intervention::VARCHAR)
@@ -33,7 +33,7 @@ def _example(run: Run) -> str:
     return f"ablate layer={known[0].layer} experts=0" if known else "mask_head layer=0 heads=0"
 
 
-def effects_section(answers: Answers, run: Run, model: str) -> Any:
+def effects_section(answers: Answers, run: Run) -> Any:
     """The list, the largest change first; where there is none, what would fill it."""
     try:
         result = answers.ask({"analysis": "effects", "runs": [run.name], "given": {}})
@@ -46,7 +46,9 @@ def effects_section(answers: Answers, run: Run, model: str) -> Any:
             else notices.empty(
                 "No effect yet",
                 "An effect is what an intervention changes, measured against this run. Measure one in the lab, or:",
-                command=COMMAND.format(model=model or "demo", path=run.store.path, edit=_example(run)),
+                command=command(
+                    run, f"intervene effect {{model}} --base {{run}} --edit {quoted(_example(run))}", model=True
+                ),
             ),
             identity="effects",
         )

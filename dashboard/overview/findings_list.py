@@ -16,6 +16,7 @@ from moescope.core.errors import MoescopeError
 from moescope.core.registry import Registry
 from moescope.dashboard import grids, numbers
 from moescope.dashboard.answers import Answers
+from moescope.dashboard.records import choices
 from moescope.dashboard.url_state import ViewState, link
 from moescope.routing.findings import DEFINITION, VERDICTS, WORDS, Finding, finding
 from moescope.store.run import Run
@@ -107,7 +108,7 @@ def plan(run: Run) -> dict[str, Any]:
     there: dict[str, bool] = {}
     now: list[str] = []
     later: list[str] = []
-    reads = decisions(run)
+    reads = choices(run)
     absent = 0
     for analysis in _askable():
         if not all(_has(run, table, there) for table in analysis.needs):
@@ -180,9 +181,3 @@ def _has(run: Run, table: str, there: dict[str, bool]) -> bool:
     if table not in there:
         there[table] = bool(run.table(table).limit(1).fetchall())
     return there[table]
-
-
-def decisions(run: Run) -> int:
-    """Decisions by the loads; without loads, none that are read one by one."""
-    query = "SELECT coalesce(sum(tokens), 0)::BIGINT FROM loads WHERE run_id = ? AND expert >= 0"
-    return int(run.store.fetch(query, [run.run_id])[0][0])

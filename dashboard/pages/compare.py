@@ -15,7 +15,9 @@ from moescope.dashboard.browser import in_browser
 from moescope.dashboard.compare import configuration, grounds, measures, side_by_side, texts
 from moescope.dashboard.overview import findings_list
 from moescope.dashboard.panel import panel
+from moescope.dashboard.records import choices
 from moescope.dashboard.services import services_of
+from moescope.dashboard.unrecorded import command
 from moescope.dashboard.url_state import ViewState, decode, link
 from moescope.store.run import Run
 from moescope.store.store import Store
@@ -32,7 +34,7 @@ def layout(run: Run, state: ViewState) -> Any:
         return notices.empty(
             "Only one run",
             "A comparison needs a second run in this store: of another model, with an intervention, or of other texts.",
-            command=f"moescope profile {run.model or 'demo'} --store {run.store.path} --name second",
+            command=command(run, "profile {model} --name second", model=True),
         )
     picker = dmc.Select(
         id={"url": "other"},
@@ -150,7 +152,7 @@ def body(run: Run, other: Run, state: ViewState) -> Any:
         )
     if known.pairs:
         parts.append(_aligned(known.pairs))
-    reads = max(findings_list.decisions(run), findings_list.decisions(other))
+    reads = max(choices(run), choices(other))
     if reads > findings_list.DECISIONS and state.given("ask") != "all":
         parts.append(_waiting(run, other, reads))
     else:

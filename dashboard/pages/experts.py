@@ -76,13 +76,12 @@ def layout(run: Run, state: ViewState) -> Any:
             ),
             expert_table(rows),
         ],
-        className="narrow-column",
     )
     body = html.Div(
         [
             controls(run, known),
             html.Div(
-                [html.Div(_atlas(run, known), className="wide-column"), table],
+                [html.Div(_atlas(run, known)), table],
                 className="experts-columns stacked" if large else "two-columns experts-columns",
             ),
         ],
@@ -92,7 +91,7 @@ def layout(run: Run, state: ViewState) -> Any:
     full = html.Div(id="expert-full", style={} if _full(state) else {"display": "none"})
     return html.Div(
         [*stores, html.Div(id="expert-pins"), body, full, side_panel("expert-drawer")],
-        className="has-detail experts-page",
+        className="has-detail",
     )
 
 

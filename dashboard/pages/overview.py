@@ -88,7 +88,7 @@ def callbacks(app: dash.Dash, store: Store) -> None:
     @app.callback(Output("ov-effects-section", "children"), Input("ov-run", "data"))
     def show_effects(name: str | None) -> Any:
         run = store.run(_present(name))
-        return effects_list.effects_section(services.answers, run, run.model)
+        return effects_list.effects_section(services.answers, run)
 
     @app.callback(Output("ov-plan", "data"), Input("ov-run", "data"))
     def plan_findings(name: str | None) -> Any:

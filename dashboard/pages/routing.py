@@ -13,7 +13,7 @@ from moescope.core.pages import Page, pages
 from moescope.dashboard import notices
 from moescope.dashboard.browser import in_browser, named
 from moescope.dashboard.panel_tools import part
-from moescope.dashboard.records import routers
+from moescope.dashboard.records import choices, routers
 from moescope.dashboard.routing_page import body, way_tokens
 from moescope.dashboard.routing_page.simulators import simulator_callbacks
 from moescope.dashboard.routing_page.tabs import TABS
@@ -45,7 +45,7 @@ def layout(run: Run, state: ViewState) -> Any:
             html.Div(body.tab_body(run, state, chosen, _asked(run)), id="routing-tab"),
             side_panel("way-drawer"),
         ],
-        className="routing-page has-detail",
+        className="has-detail",
     )
 
 
@@ -93,7 +93,7 @@ def callbacks(app: dash.Dash, store: Store) -> None:
         run = store.run(name)
         shown = next(each for tab in TABS for each in tab.panels if each.analysis == analysis)
         _ASKED.setdefault(id(store), set()).add((run.run_id, analysis))
-        return body.made(run, decode(search), shown, body.choices(run), eager=True)
+        return body.made(run, decode(search), shown, choices(run), eager=True)
 
     @app.callback(
         Output("way-drawer", "opened"),

@@ -25,6 +25,7 @@ from moescope.dashboard.token_path import token_path
 from moescope.dashboard.token_table import table_rows, token_table
 from moescope.dashboard.token_view import find_part, text_of
 from moescope.dashboard.token_window import in_sight
+from moescope.dashboard.unrecorded import command
 from moescope.dashboard.url_state import Mode, ViewState, decode
 from moescope.store.run import Run
 from moescope.store.store import Store
@@ -56,7 +57,7 @@ def layout(run: Run, state: ViewState) -> Any:
         return notices.empty(
             "No tokens",
             f"{run.name} has no rows in the table tokens, so there is no text to show. Record with the probe tokens.",
-            command=f"moescope profile MODEL --store {run.store.path.name} --probe tokens,routing",
+            command=command(run, "profile {model} --probe tokens,routing", model=True),
         )
     return html.Div(
         [

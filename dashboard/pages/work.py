@@ -47,11 +47,10 @@ def layout(run: Run | None, state: ViewState) -> Any:
                 className="work-kinds",
             ),
             html.Div(
-                [html.Div(id="work-form", className="wide-column"), html.Div(_jobs_section(), className="narrow-column")],
+                [html.Div(id="work-form"), html.Div(_jobs_section())],
                 className="two-columns",
             ),
         ],
-        className="work-page",
     )  # fmt: skip
 
 

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import dash_mantine_components as dmc
 from dash import dcc, html
 
-from moescope.core.analysis import analyses
+from moescope.core.analysis import PROBE_OF_TABLE, analyses
 from moescope.core.errors import InputError
 from moescope.dashboard import notices, numbers
 from moescope.dashboard.panel import panel
-from moescope.dashboard.records import labels, routers
+from moescope.dashboard.records import choices, labels, routers
 from moescope.dashboard.routing_page import simulators
 from moescope.dashboard.routing_page.controls import fields
 from moescope.dashboard.routing_page.tabs import TABS, Shown, Tab
+from moescope.dashboard.unrecorded import command
 from moescope.dashboard.url_state import ViewState, link
 from moescope.store.run import Run
 
@@ -22,7 +24,6 @@ SLOW = 2.5
 """Seconds beyond which a panel is computed only when asked for."""
 
 _MEASURED = 25e6  # choices for which `Shown.seconds` was measured
-_CHOICES = "SELECT coalesce(sum(tokens), 0)::BIGINT FROM loads WHERE run_id = ? AND expert >= 0"
 
 
 def tabs_of(run: Run) -> list[Tab]:
@@ -37,18 +38,14 @@ def chosen(run: Run, state: ViewState) -> Tab:
     for tab in offered:
         if tab.name == name:
             return tab
-    if hidden := next((tab for tab in TABS if tab.name == name), None):
-        raise InputError(
-            f"the tab {hidden.title!r} needs records that run {run.name!r} does not have",
-            expected=f"rows in {hidden.needs}",
-            fix=f"record with the probe {hidden.needs}: moescope profile MODEL --probe routing,{hidden.needs}",
-        )
+    for tab in TABS:
+        if tab.name == name and tab.needs is not None:
+            raise InputError(
+                f"the tab {tab.title!r} needs records that run {run.name!r} does not have",
+                expected=f"rows in {tab.needs}",
+                fix=f"record them with `{recorded_by(run, [tab.needs])}`",
+            )
     raise InputError(f"there is no tab {name!r}", expected=", ".join(tab.name for tab in offered))
-
-
-def choices(run: Run) -> int:
-    """Choices of the run: tokens × routers × k."""
-    return int(run.store.fetch(_CHOICES, [run.run_id])[0][0])
 
 
 def tab_body(run: Run, state: ViewState, tab: Tab, asked: set[str]) -> Any:
@@ -71,7 +68,7 @@ def tab_body(run: Run, state: ViewState, tab: Tab, asked: set[str]) -> Any:
     if tab.controls:
         parts.append(fields(tab.controls, known, state, labelled=labelled))
     parts += [_place(run, state, shown, counted, asked) for shown in tab.panels]
-    return html.Div(parts, className="tab-body")
+    return html.Div(parts)
 
 
 def seconds(shown: Shown, counted: int) -> float:
@@ -92,7 +89,7 @@ def place(analysis: Any, name: str) -> dict[str, Any]:
 def _place(run: Run, state: ViewState, shown: Shown, counted: int, asked: set[str]) -> Any:
     parts: list[Any] = [dmc.Text(analyses[shown.analysis].summary.replace("`", ""), className="panel-question")]
     if missing := analyses[shown.analysis].missing(run):
-        return html.Div([*parts, not_recorded(missing)], className="panel-place")
+        return html.Div([*parts, not_recorded(run, missing, analyses[shown.analysis].needs)], className="panel-place")
     wait = seconds(shown, counted) > SLOW and shown.analysis not in asked
     content = ask_first(shown, counted) if wait else made(run, state, shown, counted)
     parts.append(html.Div(content, id=place(shown.analysis, "slot")))
@@ -153,17 +150,35 @@ def ask_first(shown: Shown, counted: int) -> Any:
     )
 
 
-def not_recorded(missing: list[str]) -> Any:
-    """In place of a panel whose records the run lacks."""
+def recorded_by(run: Run, tables: Sequence[str]) -> str:
+    """The command that records tables, and the choices of routers with them, in a new run of the same model.
+
+    Vectors need a site: that after the layer before the first router that has one, from which its choices can be read.
+    """
+    probes = dict.fromkeys(("routing", *(PROBE_OF_TABLE.get(table, table) for table in tables)))
+    words = f"profile {{model}} --probe {','.join(probes)}"
+    if "activations" in tables:
+        before = next((router.layer - 1 for router in routers(run) if router.layer > 0), 0)
+        words += f" --site blocks.{before}.hook_resid_post"
+    return command(run, words, model=True)
+
+
+def not_recorded(run: Run, missing: Sequence[str], needs: Sequence[str]) -> Any:
+    """In place of a panel whose records the run lacks.
+
+    Args:
+        run: that lacks them.
+        missing: tables without rows.
+        needs: every table of the analysis: what records it makes a run of its own, which has nothing of this one.
+    """
     tables = ", ".join(missing)
-    probes = ",".join({"sequences": "tokens"}.get(name, name) for name in missing)
     return html.Div(
         [
             dmc.Text(["Not recorded: this needs rows in ", dmc.Code(tables), "."], className="muted"),
             dmc.Group(
                 [
                     dmc.Text("Record it from a model:", className="muted"),
-                    dmc.Code(f"moescope profile MODEL --probe routing,{probes}", className="command"),
+                    dmc.Code(recorded_by(run, needs), className="command foreign"),
                 ],
                 gap=6,
             ),
@@ -173,12 +188,13 @@ def not_recorded(missing: list[str]) -> Any:
 
 
 def empty_state(run: Run) -> Any:
-    """What a run without routers has instead of this page."""
+    """What a run without routers, or without their choices, has instead of this page."""
+    model = "{model}" if routers(run) else "demo"
     return notices.empty(
         "No routers",
         f"{run.name} is a run of a dense model, or of one whose routing was not recorded: there are no decisions to look at. "
         "A model with experts, recorded with the probe routing, fills this page.",
-        command="moescope profile demo --probe tokens,routing,experts",
+        command=command(run, f"profile {model} --probe tokens,routing,experts", model=True),
     )
 
 

@@ -23,7 +23,7 @@ A probe records one kind of thing during a forward pass, as rows of its tables. 
 {rows}
 
 The last two columns are what `moescope plan` says for the bundled model (6 layers, 6 routers, 16 experts, top-2) and its corpus of
-{tokens:,} tokens, vectors at one site for all tokens; the file itself takes 3.2 MB more. What a probe costs in time depends on
+{tokens:,} tokens, vectors at one site for all tokens; the file itself takes 2.4 MB more. What a probe costs in time depends on
 the model: `moescope plan MODEL --data FILE --probe …` measures it on yours.
 
 `python docs/generate/pages.py probes` writes this page anew.
@@ -31,14 +31,14 @@ the model: `moescope plan MODEL --data FILE --probe …` measures it on yours.
 TOKENS = 66_246
 # `moescope plan demo --probe … --site blocks.3.hook_resid_post --json`: bytes a probe adds to the file.
 BYTES = {
-    "tokens": 2_883_584,
-    "routing": 9_437_184,
-    "experts": 1_572_864,
-    "residual": 9_175_040,
-    "router_logits": 23_592_960,
-    "expert_outputs": 3_932_160,
-    "attention": 2_621_440,
-    "activations": 51_408_646,
+    "tokens": 1_310_720,
+    "routing": 7_864_320,
+    "experts": 524_288,
+    "residual": 7_340_032,
+    "router_logits": 23_330_816,
+    "expert_outputs": 3_670_016,
+    "attention": 1_310_720,
+    "activations": 51_407_596,
 }
 VECTORS_AT = "blocks.3.hook_resid_post"
 

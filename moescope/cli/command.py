@@ -31,7 +31,6 @@ _ShowConfig = Annotated[
         rich_help_panel=_PANEL,
     ),
 ]
-_OWN = ("config", "show_config")
 
 
 class ConfiguredCommand(TyperCommand):

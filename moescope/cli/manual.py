@@ -80,10 +80,11 @@ and names that a shell would not take as they stand are left out.
 """
 _RULES = """\
 Flags are named as the parameters of the Python functions and have their defaults, but for a few: `--sae` is `autoencoder`, `sae
-judge --documents` is `held_out`, `sae circuit --name` is `run_name`, and `sae steer --strengths` begins at 0. A flag in the singular that Python names in
-the plural (`--probe`, `--site`, `--sae`) may be repeated, or hold several names with commas. `--json` prints data as JSON on
-stdout; news and progress go to stderr. `--dry-run` checks everything, says what would be done, and stops. Sizes are in bytes
-(`500MB`, `1.5GiB`), times in seconds, losses in nats, shares from 0 to 1, layers, experts and latents from 0.
+judge --documents` is `held_out`, `sae circuit --name` is `run_name`, and `sae steer --strengths` begins at 0. A flag in the
+singular that Python names in the plural (`--probe`, `--site`, `--sae`) may be repeated, or hold several names with commas.
+`--json` prints data as JSON on stdout; news and progress go to stderr. `--dry-run` checks everything, says what would be done,
+and stops. Sizes are in bytes (`500MB`, `1.5GiB`), times in seconds, losses in nats, shares from 0 to 1, layers, experts and
+latents from 0.
 """
 
 

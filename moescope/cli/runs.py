@@ -13,6 +13,7 @@ from moescope.cli.command import command
 from moescope.cli.completion import run_names
 from moescope.cli.flags import DryRun, InStore, Json, Store, Yes
 from moescope.cli.output import as_json, facts, news, table
+from moescope.cli.store_check import check_store
 from moescope.core.errors import InputError
 
 if TYPE_CHECKING:
@@ -99,8 +100,7 @@ def delete(
     from moescope.store.deleting import delete_runs
     from moescope.store.store import Store as OpenedStore
 
-    if not store.exists():
-        raise InputError(f"there is no store at {store}", fix="name it with --store")
+    check_store(store)
     with OpenedStore(store, read_only=dry_run) as opened:
         chosen = _chosen(opened, names)
         sizes = opened.sizes()
@@ -144,8 +144,7 @@ def compact(store: Store = Path("runs.duckdb"), json: Json = False) -> None:
     """
     from moescope.store.store import Store as OpenedStore
 
-    if not store.exists():
-        raise InputError(f"there is no store at {store}", fix="check the path")
+    check_store(store, option=False)
     with OpenedStore(store) as opened:
         done = opened.compact()
     if json:
@@ -161,8 +160,7 @@ def upgrade(store: Store = Path("runs.duckdb"), json: Json = False) -> None:
     """
     from moescope.store.store import Store as OpenedStore
 
-    if not store.exists():
-        raise InputError(f"there is no store at {store}", fix="check the path")
+    check_store(store, option=False)
     with OpenedStore(store) as opened:
         said = dict(opened.fetch("SELECT key, value FROM store_info"))
     shown = {"store": str(store), "schema_version": int(said["schema_version"])}

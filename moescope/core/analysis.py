@@ -183,7 +183,7 @@ class Analysis:
             raise NotRecordedError(
                 f"{self.name} needs records that run {run.name!r} does not have",
                 expected=f"rows in {', '.join(missing)}",
-                fix=_how_to_get(missing),
+                fix=_how_to_get(self.name, missing),
             )
         if not run.complete and not allow_incomplete:
             raise IncompleteError(
@@ -200,10 +200,15 @@ class Analysis:
         return {name: known[name].parse(value) for name, value in given.items()}
 
 
-def _how_to_get(missing: Sequence[str]) -> str:
-    """What to do for tables to have rows."""
+def _how_to_get(analysis: str, missing: Sequence[str]) -> str:
+    """What to do for tables to have the rows that an analysis reads."""
     if "effects" in missing:
-        return "measure an intervention against it: moescope intervene effect, or ms.effect"
+        return (
+            "measure it against this run: moescope intervene effect (one), intervene sweep (many) or sae steer (doses); "
+            "ms.effect, ms.sweep, ms.sae.dose_response"
+        )
+    if verb := _VERB_OF_ANALYSIS.get(analysis):
+        return f"measure it: moescope sae {verb}"
     if set(missing) <= {"heads", "head_sequences"}:
         return "run the protocol that writes it (moescope phenomena MODEL, ms.phenomena), or record with the probe: attention"
     if verbs := [verb for table, verb in _SAE_VERBS.items() if table in missing]:
@@ -228,6 +233,14 @@ _SAE_VERBS = {
     "descriptions": "describe",
     "description_scores": "describe",
     "mlp_students": "students",
+}
+
+# Analyses that read rows which another verb than their table's writes.
+_VERB_OF_ANALYSIS = {
+    "feature_association": "read",
+    "expert_sparsity_routing": "experts --sparsity",
+    "neurons_against_sae": "experts --neurons",
+    "head_circuit": "circuit",
 }
 
 # Which probe writes which table, for messages that say what to record.

@@ -14,6 +14,22 @@ from numpy.typing import NDArray
 Floats = NDArray[np.floating[Any]]
 
 
+def quotient(numerator: NDArray[Any], denominator: NDArray[Any]) -> NDArray[np.float64]:
+    """Numerator over denominator, NaN where that is 0: a mean over nothing is no number.
+
+    Args:
+        numerator: any shape.
+        denominator: broadcastable to the numerator.
+
+    Example:
+        >>> quotient(np.array([3.0, 1.0]), np.array([2.0, 0.0]))
+        array([1.5, nan])
+    """
+    missing = np.full(np.shape(numerator), np.nan)
+    found: NDArray[np.float64] = np.divide(numerator, denominator, out=missing, where=np.asarray(denominator) != 0)
+    return found
+
+
 def document_weights(documents: int, *, draws: int, seed: int) -> NDArray[np.int64]:
     """How often each document is drawn in each bootstrap resample: [draws, documents], rows summing to `documents`."""
     generator = np.random.default_rng(seed)
@@ -41,23 +57,16 @@ def bootstrap_ratio(
         1.0
     """
     denominator = np.broadcast_to(denominator, numerator.shape)
-    estimate = _ratio(numerator.sum(0), denominator.sum(0))
+    estimate = quotient(numerator.sum(0), denominator.sum(0))
     if len(numerator) < 2:
         return estimate, np.full_like(estimate, np.nan), np.full_like(estimate, np.nan)
     weights = document_weights(len(numerator), draws=draws, seed=seed).astype(np.float64)
-    resampled = _ratio(np.tensordot(weights, numerator, axes=1), np.tensordot(weights, denominator, axes=1))
+    resampled = quotient(np.tensordot(weights, numerator, axes=1), np.tensordot(weights, denominator, axes=1))
     tail = (1 - level) / 2
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # a column without any ratio has no quantile: NaN
         low, high = np.nanquantile(resampled, [tail, 1 - tail], axis=0)
     return estimate, low, high
-
-
-def _ratio(numerator: Floats, denominator: Floats) -> Floats:
-    """Numerator over denominator, NaN where that is 0."""
-    missing = np.full(np.shape(numerator), np.nan)
-    ratio: Floats = np.divide(numerator, denominator, out=missing, where=np.asarray(denominator) != 0)
-    return ratio
 
 
 def permutation_p(observed: Floats, permuted: Floats) -> Floats:

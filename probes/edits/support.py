@@ -107,28 +107,6 @@ def edit_support(model: LiveModel) -> dict[str, Support]:
     return found
 
 
-def support_markdown(tables: dict[str, dict[str, Support]]) -> str:
-    """Tables of several models as one of Markdown: a model a row, a kind of edit a column, reasons below.
-
-    Args:
-        tables: name of a model → what `edit_support` found.
-    """
-    kinds = list(next(iter(tables.values()), {}))
-    lines = ["| model | " + " | ".join(kinds) + " |", "|" + "---|" * (len(kinds) + 1)]
-    reasons: dict[str, int] = {}
-    for model, table in tables.items():
-        cells = []
-        for kind in kinds:
-            support = table[kind]
-            mark = "yes" if support.works else "no"
-            if support.reason is not None:
-                number = reasons.setdefault(support.reason, len(reasons) + 1)
-                mark = f"{'some layers' if support.works else 'no'} ({number})"
-            cells.append(mark)
-        lines.append(f"| {model} | " + " | ".join(cells) + " |")
-    return "\n".join([*lines, "", *(f"{number}. {reason}" for reason, number in reasons.items()), ""])
-
-
 def _trials(anatomy: Anatomy) -> Iterator[tuple[str, str, Callable[[int], Edit]]]:
     """A small edit of each kind: its name, the sublayer it needs, and how to make it for a layer."""
     width, routers = anatomy.d_model, {s.layer: s for s in anatomy.moe if s.block == "mlp"}

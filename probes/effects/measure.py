@@ -133,8 +133,7 @@ def measure_effect(
             fix="have texts continued (--generate), or choose other positions",
         )
     check_groups(groups)
-    if store.read_only:
-        raise InputError(f"{store.path} is open for reading only", fix="open it with Store(path)")
+    store.check_writable()
     check_room(store)
     if keep_run is not None and any(run.name == keep_run for run in store.runs()):
         raise InputError(f"{store.path} already has a run called {keep_run!r}", fix="choose another name (--keep-run)")

@@ -58,8 +58,7 @@ def check_new(store: Store, sweep_id: str, *, resume: bool) -> int:
     Raises:
         InputError: some are, and it was not to be resumed; or the store is open for reading only.
     """
-    if store.read_only:
-        raise InputError(f"{store.path} is open for reading only", fix="open it with Store(path)")
+    store.check_writable()
     found = stored_effects(store, sweep_id)
     if found and not resume:
         raise InputError(

@@ -207,8 +207,7 @@ def _check(model: Any, store: Store, name: str, workers: int, batches_a_task: in
     for what, number in (("workers", workers), ("batches_a_task", batches_a_task), ("threads", threads)):
         if number is not None and number < 1:
             raise InputError(f"{what} is a number from 1 up", found=str(number))
-    if store.read_only:
-        raise InputError(f"{store.path} is open for reading only", fix="open it with Store(path)")
+    store.check_writable()
     check_run_name(name)
     for (status,) in store.fetch("SELECT status FROM runs WHERE name = ?", [name]):
         raise InputError(

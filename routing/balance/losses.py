@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from moescope.core.analysis import Count, Natural, analysis
 from moescope.core.figures import SERIES
 from moescope.core.result import Result
-from moescope.core.statistics import document_weights
+from moescope.core.statistics import document_weights, quotient
 from moescope.routing.balance.groups import By, Grouping, grouped
 from moescope.routing.balance.panels import group_column, group_grid, panels
 from moescope.routing.balance.router_scores import logit_chunks, scored_routers, scoring
@@ -155,7 +155,7 @@ def _group_rows(sums: list[_Sums], cells: slice, *, per: Per, draws: int, seed: 
         where = {"layer": part.router.layer, "block": part.router.block}
         n, null = int(part.tokens[0]), float(part.router.top_k if per == "token" else 1)
         rows.append(where | _row("Switch loss", losses[-1], null, n))
-        rows.append(where | _row("router z-loss", _ratio(part.z, part.tokens), np.nan, n))
+        rows.append(where | _row("router z-loss", quotient(part.z, part.tokens), np.nan, n))
     n = int(sum(part.tokens[0] for part in drawn))
     balanced = [part.router.top_k if per == "token" else 1 for part in drawn]
     rows.append({"layer": None, "block": None} | _row(MEAN, np.mean(losses, axis=0), float(np.mean(balanced)), n))
@@ -175,13 +175,7 @@ def _switch(part: _Sums, per: Per) -> Floats:
     """[draw] E × Σ f P."""
     share = part.router.n_experts * (part.decisions * part.probabilities).sum(-1)
     slots = part.tokens * (1 if per == "token" else part.router.top_k)
-    return _ratio(share, slots * part.tokens)
-
-
-def _ratio(numerator: Floats, denominator: Floats) -> Floats:
-    missing = np.full(numerator.shape, np.nan)
-    ratio: Floats = np.divide(numerator, denominator, out=missing, where=denominator > 0)
-    return ratio
+    return quotient(share, slots * part.tokens)
 
 
 def _row(metric: str, values: Floats, null: float, n: int) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from moescope.core.analysis import Count, Natural, analysis
 from moescope.core.errors import InputError
 from moescope.core.figures import CHANCE, SERIES, heatmap, plain
 from moescope.core.result import Result
-from moescope.core.statistics import document_weights
+from moescope.core.statistics import document_weights, quotient
 from moescope.routing.comparison.paired_sequences import GENERATED_LEFT_OUT, generated, paired_sequences
 from moescope.routing.comparison.sequence_sums import UNITS, load_variation, sequence_sums
 from moescope.routing.grid import layer_name
@@ -182,14 +182,14 @@ def _bundled(documents: list[int], seed: int) -> dict[int, int]:
 def _differences(
     cells: pd.DataFrame, sides: list[_Side], documents: list[int], *, draws: int, seed: int, paired: bool
 ) -> pd.DataFrame:
-    first, second = (_ratio(side.total.sum(0), side.n.sum(0)) for side in sides)
+    first, second = (quotient(side.total.sum(0), side.n.sum(0)) for side in sides)
     low = high = np.full(len(cells), np.nan)
     if len(cells) and min(documents) > 1:
         weights = [document_weights(documents[0], draws=draws, seed=seed).astype(float)]
         weights.append(
             weights[0] if paired else document_weights(documents[1], draws=draws, seed=seed + 1).astype(float)
         )
-        drawn = [_ratio(w @ side.total, w @ side.n) for w, side in zip(weights, sides, strict=True)]
+        drawn = [quotient(w @ side.total, w @ side.n) for w, side in zip(weights, sides, strict=True)]
         low, high = np.nanquantile(drawn[1] - drawn[0], [0.025, 0.975], axis=0)
     return cells.assign(
         value_a=first,
@@ -198,14 +198,9 @@ def _differences(
         ci_low=low,
         ci_high=high,
         null=0.0,
-        relative=_ratio(second - first, np.abs(first)),
+        relative=quotient(second - first, np.abs(first)),
         n=np.minimum(sides[0].n.sum(0), sides[1].n.sum(0)).astype(np.int64),
     )
-
-
-def _ratio(over: Array, under: Array) -> Array:
-    ratio: Array = np.divide(over, under, out=np.full(np.shape(over), np.nan), where=np.asarray(under) != 0)
-    return ratio
 
 
 def _loads(run: Run, other: Run, by: str) -> pd.DataFrame:
@@ -231,7 +226,7 @@ def _loads(run: Run, other: Run, by: str) -> pd.DataFrame:
             "ci_low": np.nan,
             "ci_high": np.nan,
             "null": 0.0,
-            "relative": _ratio(value.to_numpy(float), both["value_a"].abs().to_numpy(float)),
+            "relative": quotient(value.to_numpy(float), both["value_a"].abs().to_numpy(float)),
             "n": both[["n_a", "n_b"]].min(axis=1).astype(np.int64),
         }
     )

@@ -14,15 +14,13 @@ from numpy.typing import NDArray
 from moescope.core.analysis import Count, Natural, analysis
 from moescope.core.figures import CHANCE, SERIES, heatmap, plain
 from moescope.core.result import Result
-from moescope.core.statistics import document_weights
+from moescope.core.statistics import document_weights, quotient
 from moescope.routing.comparison.aligned import Align, Aligned, align
 from moescope.routing.comparison.set_overlap import Array, overlap, random_floor, weighted_overlap
 from moescope.routing.grid import layer_name
 from moescope.routing.importance.expert_sums import resampling_units
 from moescope.routing.trace import Router
 from moescope.store.run import Run
-
-_METRICS = ("agreement", "top-1 agreement", "saturation", "Jaccard", "selection shift", "weighted overlap")
 
 
 @dataclass(frozen=True)
@@ -138,13 +136,15 @@ def _compared(
     for metric, values in observed.items():
         sums = _summed(values, cell, inside, shape)
         low, high = _bounds(sums, tokens, resampled)
-        null = np.mean([_ratio(_summed(c[metric], cell, inside, shape).sum(0), tokens.sum(0)) for c in chance], axis=0)
+        null = np.mean(
+            [quotient(_summed(c[metric], cell, inside, shape).sum(0), tokens.sum(0)) for c in chance], axis=0
+        )
         part = pd.DataFrame(
             {
                 "layer": pair[0].layer,
                 "block": pair[0].block,
                 "metric": metric,
-                "value": _ratio(sums.sum(0), tokens.sum(0)),
+                "value": quotient(sums.sum(0), tokens.sum(0)),
                 "ci_low": low,
                 "ci_high": high,
                 "null": null,
@@ -198,15 +198,10 @@ def _bounds(sums: Array, tokens: Array, resampled: Array | None) -> tuple[Array,
     low, high = np.full(sums.shape[1], np.nan), np.full(sums.shape[1], np.nan)
     several = (tokens > 0).sum(0) > 1
     if resampled is not None and several.any():
-        drawn = _ratio(resampled @ sums[:, several], resampled @ tokens[:, several])
+        drawn = quotient(resampled @ sums[:, several], resampled @ tokens[:, several])
         quantile = np.nanquantile if np.isnan(drawn).any() else np.quantile
         low[several], high[several] = quantile(drawn, [0.025, 0.975], axis=0)
     return low, high
-
-
-def _ratio(numerator: Array, denominator: Array) -> Array:
-    ratio: Array = np.divide(numerator, denominator, out=np.full(numerator.shape, np.nan), where=denominator > 0)
-    return ratio
 
 
 def _title(frame: pd.DataFrame, aligned: Aligned, groups: _Groups) -> str:

@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from moescope.core.statistics import bootstrap_ratio
+from moescope.core.statistics import bootstrap_ratio, quotient
 from moescope.routing.consistency.decisions import Parts
 from moescope.routing.trace import Trace
 
@@ -30,9 +30,7 @@ class Sums:
 
     def ratio(self) -> Floats:
         """NaN where there is nothing to divide by."""
-        missing = np.full(self.top.shape, np.nan)
-        ratio: Floats = np.divide(self.top, self.bottom, out=missing, where=self.bottom != 0)
-        return ratio
+        return quotient(self.top, self.bottom)
 
 
 @dataclass(frozen=True)

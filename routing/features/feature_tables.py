@@ -74,11 +74,14 @@ def chosen_sae(run: Run, sae: str | None, *, table: str = "features", having: st
     mine = [row for row in found if sae is None or sae in (row[0], row[1])]
     if not mine:
         names = ", ".join(str(row[1]) for row in found)
+        joined = table == "feature_experts"
         raise InputError(
             f"there is nothing in {table} of an autoencoder {sae!r} on run {run.name!r}" if sae else f"there is nothing in {table} "
             f"of run {run.name!r}",
             expected=f"one of {names}" if names else None,
-            fix="read its features: moescope sae read, or moescope.sae.read_features",
+            fix="join its latents to experts: moescope sae experts, or ms.sae.feature_experts"
+            if joined
+            else "read its features: moescope sae read, or ms.sae.read",
         )  # fmt: skip
     sae_id, name, site, d_sae, architecture, here = mine[-1]
     return Sae(str(sae_id), str(name), str(site), int(d_sae or 0), str(architecture), bool(here))

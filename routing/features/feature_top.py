@@ -124,7 +124,7 @@ def top_features(
         raise InputError(
             f"no latent of {chosen.name} was scored on run {run.name!r}",
             expected="latents over 0 on 20 tokens or more of 4 documents or more",
-            fix="read more documents (documents='all'), or a run with more text",
+            fix="read more documents (documents='all', --documents all), or a run with more text",
         )
     table = _table(run, chosen, frame, examples, reach)
     scored, null = int(frame["scored"].iloc[0]), float(frame["largest_null"].iloc[0])

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from moescope.core.errors import InputError
-from moescope.core.statistics import document_weights
+from moescope.core.statistics import document_weights, quotient
 from moescope.routing.importance.expert_sums import Array, ExpertSums, Gate, expert_sums, resampling_units
 from moescope.routing.trace import Router, Trace
 from moescope.store.run import Run
@@ -110,23 +110,16 @@ def _formulas(sums: ExpertSums) -> dict[str, Array]:
     slots = sums.tokens * sums.router.top_k
     values = {
         "frequency": sums.count,
-        "hotness": _over(sums.count * sums.router.n_experts, slots),
-        "ESFT token score": _over(sums.count, slots),
+        "hotness": quotient(sums.count * sums.router.n_experts, slots),
+        "ESFT token score": quotient(sums.count, slots),
     }
     if sums.weight is not None:
-        values |= {"weighted frequency": sums.weight, "ESFT gate score": _over(sums.weight, sums.weighed)}
+        values |= {"weighted frequency": sums.weight, "ESFT gate score": quotient(sums.weight, sums.weighed)}
     if sums.norm is not None and sums.normed is not None:
-        values |= {"EAN sum": sums.norm, "mean output norm": _over(sums.norm, sums.normed)}
+        values |= {"EAN sum": sums.norm, "mean output norm": quotient(sums.norm, sums.normed)}
     if sums.weighted is not None and sums.both is not None:
-        values |= {"weighted EAN sum": sums.weighted, "REAP": _over(sums.weighted, sums.both)}
+        values |= {"weighted EAN sum": sums.weighted, "REAP": quotient(sums.weighted, sums.both)}
     return values
-
-
-def _over(numerator: Array, denominator: Array) -> Array:
-    """The quotient, NaN where the denominator is 0: a mean over no token is no number."""
-    denominator = np.broadcast_to(denominator, numerator.shape)
-    quotient: Array = np.divide(numerator, denominator, out=np.full(numerator.shape, np.nan), where=denominator > 0)
-    return quotient
 
 
 def _reductions(run: Run) -> dict[tuple[int, str], dict[str, Array]]:
@@ -166,7 +159,7 @@ def _reduced(
         found |= {"mean output norm": mean, "EAN sum": total}
         even |= {"mean output norm": float(total.sum() / slots), "EAN sum": float(total.mean())}
     if gate == "given" and not np.isnan(products).all():
-        found |= {"weighted EAN sum": products, "REAP": _over(products, count)}
+        found |= {"weighted EAN sum": products, "REAP": quotient(products, count)}
         whole = float(np.nansum(products))
         even |= {"weighted EAN sum": whole / router.n_experts, "REAP": whole / slots}
     return found, even

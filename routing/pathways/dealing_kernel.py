@@ -14,7 +14,7 @@ _TRIES = 1000
 @njit(cache=True, nogil=True)
 def part_repeats(dealt: NDArray[Any], seed: int) -> None:
     """Swap experts between tokens, in place, until no token holds one twice (or no swap is found in 1,000 tries)."""
-    np.random.seed(seed)  # noqa: NPY002  compiled code has no other generator to seed  numba's own generator
+    np.random.seed(seed)  # noqa: NPY002  compiled code has no other generator to seed
     tokens, width = dealt.shape
     for token in range(tokens):
         for slot in range(1, width):

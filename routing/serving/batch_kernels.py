@@ -89,7 +89,7 @@ def reroute(
 @njit(cache=True, nogil=True)
 def random_sets(tokens: int, k: int, experts: int, seed: int) -> NDArray[Any]:
     """[token, k] distinct experts in random order, every set alike."""
-    np.random.seed(seed)  # noqa: NPY002  compiled code has no other generator to seed  numba's own generator
+    np.random.seed(seed)  # noqa: NPY002  compiled code has no other generator to seed
     drawn = np.empty((tokens, k), np.uint16)
     pool = np.arange(experts)
     for token in range(tokens):

@@ -19,12 +19,6 @@ from moescope.routing.serving.placement_study import FittedHalf, JudgedHalf, Pla
 from moescope.routing.trace import Router, read_trace
 from moescope.store.run import Run
 
-_WORDS = {
-    "contiguous": "in order of ids",
-    "load": "equal loads",
-    "anti-correlation": "apart what is loaded together",
-    "affinity": "together what follows each other",
-}
 _CROSSINGS, _MEAN, _TAIL = "crossings a token", "busiest ÷ mean device", "busiest ÷ mean device, 99th percentile"
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -24,6 +23,7 @@ from moescope.sae.circuits.head_outputs import head_outputs
 from moescope.sae.circuits.keeping import facts_of, labelled, write_cuts, write_heads
 from moescope.sae.circuits.prompts import CircuitTask, Prompt, circuit_task
 from moescope.sae.circuits.scores import CodeScores, code_scores
+from moescope.sae.ticker import ticker
 from moescope.store.run import Run
 from moescope.store.store import Store
 
@@ -170,7 +170,7 @@ def head_circuit(
     tokens = sum(len(p.ids) for p in prompts) + sets * sum(len(p.ids) for p in test)
     with HeadRun.open(model, store, name, settings, seed=seed) as run:
         with RunProgress("head circuit", tokens, shown=progress) as bar:
-            tick = _ticker(bar)
+            tick = ticker(bar)
             outputs = head_outputs(model, prompts, tick=tick)
             coder = train_coder(outputs.last, codes=codes, sparsity=sparsity, steps=steps, seed=seed)
             coded = coder(outputs.last)
@@ -251,18 +251,6 @@ def _members(scores: CodeScores, threshold: float | None, size: int | None, fdr:
     first = math.ceil(_SHARE * heads) if size is None else min(size, heads)
     order = np.lexsort((-(scores.count - scores.null), -scores.count))[:first]
     return np.isin(np.arange(heads), order)
-
-
-def _ticker(bar: RunProgress) -> Callable[[int], None]:
-    """Counts tokens into a bar."""
-    done, started = 0, time.perf_counter()
-
-    def tick(tokens: int) -> None:
-        nonlocal done
-        done += tokens
-        bar.advance_to(done, done, time.perf_counter() - started)
-
-    return tick
 
 
 def _check(

@@ -57,7 +57,7 @@ class Asker:
             answer = self.complete(prompt)
             if not isinstance(answer, str):
                 raise TypeError(f"it gave {type(answer).__name__}, not text")
-        except Exception as failed:
+        except Exception as failed:  # a program of others may fail in any way; several in a row end the work
             self.errors = [*self.errors[-4:], _told(failed)]
             self._failed += 1
             if self._failed >= _IN_A_ROW:

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from moescope.core.errors import InputError
 from moescope.store.run import Run
 
-_TOKENS_SQL = """
+TOKENS_SQL = """
     SELECT t.token, t.sequence_id, t.position, t.token_id, t.class, t.is_special, s.document_id, s.label
     FROM tokens t
     JOIN sequences s ON s.run_id = t.run_id AND s.sequence_id = t.sequence_id
@@ -75,7 +75,7 @@ def read_tokens(run: Run) -> TokenTable:
     Raises:
         InputError: the run has none.
     """
-    found = run.sql(_TOKENS_SQL).to_arrow_table()
+    found = run.sql(TOKENS_SQL).to_arrow_table()
     if not found.num_rows:
         raise InputError(
             f"run {run.name!r} has no tokens", fix="record with the probe tokens (it is on unless others were named)"

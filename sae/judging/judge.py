@@ -185,7 +185,7 @@ class _Judging:
                 f"there are too few vectors at {self.autoencoder.site} to judge {self.autoencoder.name} on",
                 expected=f"{LEAST} or more to judge on and to fit controls on",
                 found=f"{len(judged):,} and {len(fitted):,}",
-                fix="give more texts, record a larger share of the tokens, or judge on all documents (held_out=False)",
+                fix="give more texts, record a larger share of the tokens, or judge on all documents (held_out=False, --documents all)",
             )
         rows, ways = self._from_vectors(judged, fitted)
         if self.model is None:

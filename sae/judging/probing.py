@@ -161,21 +161,16 @@ def columns_of(
     return torch.cat([code(part)[:, at] for part in in_parts(x, width)]).numpy()
 
 
-def auc_with_interval(
-    score: Floats, answer: NDArray[np.bool_], by_document: ByDocument, *, seed: int
-) -> tuple[float, float | None, float | None]:
-    """Share of (yes, no) pairs in which yes has the higher score, ties half, with an interval over documents.
+def auc_draws(score: Floats, answer: NDArray[np.bool_], by_document: ByDocument, *, seed: int) -> Floats:
+    """The AUC, and after it that of each resample of documents.
+
+    It is the share of (yes, no) pairs in which yes has the higher score, ties half.
 
     Example:
         >>> documents = ByDocument(np.array([0, 0, 0, 0]))
-        >>> auc_with_interval(np.array([0.1, 0.4, 0.35, 0.8]), np.array([False, False, True, True]), documents, seed=0)
-        (0.75, None, None)
+        >>> auc_draws(np.array([0.1, 0.4, 0.35, 0.8]), np.array([False, False, True, True]), documents, seed=0)
+        array([0.75])
     """
-    return _with_bounds(_auc_draws(score, answer, by_document, seed))
-
-
-def _auc_draws(score: Floats, answer: NDArray[np.bool_], by_document: ByDocument, seed: int) -> Floats:
-    """The AUC, and after it that of each resample of documents."""
     order = np.argsort(score, kind="stable")
     first = np.flatnonzero(np.r_[True, np.diff(score[order]) != 0])  # where each run of equal scores begins
     yes = answer[order].astype(float)
@@ -191,7 +186,7 @@ def _auc_draws(score: Floats, answer: NDArray[np.bool_], by_document: ByDocument
     return np.array(values)
 
 
-def _with_bounds(values: Floats) -> tuple[float, float | None, float | None]:
+def with_bounds(values: Floats) -> tuple[float, float | None, float | None]:
     """The first value, with the bounds of the others; none where there are no others."""
     if len(values) < 2:
         return float(values[0]), None, None
@@ -211,11 +206,11 @@ def _rows(
     for question, found, answer in zip(asked, each, of_question, strict=True):
         rows.append(MeasureRow("probe_loss", name, found[0], n, "nats", *found[1:], question.kind, question.value))
         if len(answer.score):
-            draws.append(_auc_draws(answer.score, question.judged, by_document, seed))
-            value, low, high = _with_bounds(draws[-1])
+            draws.append(auc_draws(answer.score, question.judged, by_document, seed=seed))
+            value, low, high = with_bounds(draws[-1])
             rows.append(MeasureRow("probe_auc", name, value, n, "AUC", low, high, question.kind, question.value))
     if draws:  # every question was resampled with the same documents
-        value, low, high = _with_bounds(np.mean(draws, 0))
+        value, low, high = with_bounds(np.mean(draws, 0))
         rows.append(MeasureRow("probe_auc", name, value, n, "AUC", low, high))
     return rows
 

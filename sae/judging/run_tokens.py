@@ -12,16 +12,10 @@ from numpy.typing import NDArray
 from moescope.core.errors import InputError
 from moescope.probes.batches import Batch, Sequence
 from moescope.probes.corpus import Document
+from moescope.sae.concepts.token_table import TOKENS_SQL
 from moescope.sae.data.split import held_out
 from moescope.store.run import Run
 
-_TOKENS = """
-    SELECT t.token, t.sequence_id, t.position, t.token_id, t.class, t.is_special, s.document_id, s.label
-    FROM tokens t
-    JOIN sequences s USING (run_id, sequence_id)
-    WHERE run_id = $run AND phase = 'prefill'
-    ORDER BY t.token
-"""
 SPECIAL = "special"  # the class of tokens that stand for no text; training leaves them out
 _LETTERS = "SELECT token_id, text FROM vocabulary WHERE run_id = $run"
 
@@ -74,7 +68,7 @@ def run_tokens(run: Run) -> RunTokens:
     Raises:
         InputError: the run has none.
     """
-    found = run.sql(_TOKENS).to_arrow_table()
+    found = run.sql(TOKENS_SQL).to_arrow_table()
     if not found.num_rows:
         raise InputError(f"run {run.name!r} has no tokens", fix="record it with the probe: tokens")
     names = ("token", "sequence_id", "position", "token_id", "document_id")
@@ -108,7 +102,7 @@ def split(tokens: RunTokens, *, apart: bool, first: int, share: float, seed: int
             else "there are too few documents",
             expected="two or more on each side",
             found=f"{sides[0]} to judge on, {sides[1]} to fit on, with tokens from position {first} on",
-            fix="give more texts, or judge on all of them (held_out=False)",
+            fix="give more texts, or judge on all of them (held_out=False, --documents all)",
         )
     return Split(judged, fitted, apart, first)
 

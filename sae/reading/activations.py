@@ -158,7 +158,7 @@ def activations(
         raise InputError(
             f"there are no vectors at {autoencoder.site} of these documents",
             expected=f"some from position {first_position} on",
-            fix="read all documents (documents='all'), or pass the model",
+            fix="read all documents (documents='all', --documents all), or pass the model",
         )
     order = np.argsort(latent.astype(np.int64) * len(text) + place, kind="stable")
     latent, place, value = latent[order], place[order], value[order]

@@ -57,7 +57,7 @@ def chosen_text(autoencoder: Autoencoder, run: Run, documents: str) -> RunText:
         raise InputError(
             f"no document of run {run.name!r} was held out of training",
             found=f"{len(ids):,} documents",
-            fix="read all of them: documents='all'",
+            fix="read all of them: documents='all' (--documents all)",
         )
     return run_text(run, ids[out])
 

@@ -171,6 +171,6 @@ def _reached(autoencoder: Autoencoder, ids: Sequence[int], which: str, store: St
         raise InputError(
             f"what latent {missing[0]} of {autoencoder.name!r} reaches is not known",
             expected="its row in the table `features`, with activations over 0",
-            fix="read the features first (moescope sae features), or give a value in units of activation",
+            fix="read the features first (moescope sae read), or give a value in units of activation",
         )
     return [float(np.float64(found[i][which == "mean"])) for i in ids]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, get_args
 
@@ -21,6 +21,7 @@ from moescope.sae.students.measures import Units
 from moescope.sae.students.networks import ACTIVATIONS, dense_neurons
 from moescope.sae.students.student_rows import Asked, Inputs, Scored, StudentKind, StudentRow, rows_of
 from moescope.sae.students.teacher import Pairs, Teacher
+from moescope.sae.ticker import ticker
 from moescope.store.run import Run
 from moescope.store.sae_rows import write_rows
 from moescope.store.store import Store
@@ -157,7 +158,7 @@ def mlp_students(
     work = steps * min(batch, len(pairs)) * runs_of_each * len(asked) * len(inputs)
     done: dict[str, list[Scored]] = {}
     with RunProgress("students", work, shown=progress) as bar:
-        tick = _ticker(bar)
+        tick = ticker(bar)
         for kind in inputs:
             parts, unit, test = _parts(pairs, teacher, kind, seed)
             units = Units.of(unit, spread_of(parts), draws=_DRAWS, seed=seed)
@@ -175,18 +176,6 @@ def mlp_students(
     outcome = StudentsOutcome(recorded, layer, block, teacher.parameters, tuple(rows), time.perf_counter() - started)
     _store(outcome, store)
     return outcome
-
-
-def _ticker(bar: RunProgress) -> Callable[[int], None]:
-    """Counts vectors into a bar."""
-    done, started = 0, time.perf_counter()
-
-    def tick(vectors: int) -> None:
-        nonlocal done
-        done += vectors
-        bar.advance_to(done, done, time.perf_counter() - started)
-
-    return tick
 
 
 def _asked(

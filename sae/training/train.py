@@ -249,7 +249,7 @@ def _check_kinds(specs: Sequence[SaeSpec], target: Site | None) -> None:
         if spec.is_transcoder and target is None:
             raise InputError(
                 f"{spec.architecture} predicts one site from another",
-                fix="say which: target_site='blocks.3.hook_mlp_out'",
+                fix="say which: target_site='blocks.3.hook_mlp_out' (--target-site)",
             )
         if not spec.is_transcoder and target is not None:
             raise InputError(

@@ -109,8 +109,7 @@ def import_trace(
 
 
 def _check(store: Store, name: str, format_: str | None, options: Options) -> None:
-    if store.read_only:
-        raise InputError(f"{store.path} is open for reading only", fix="open it with Store(path)")
+    store.check_writable()
     check_run_name(name)
     if store.fetch("SELECT 1 FROM runs WHERE name = ?", [name]):
         raise InputError(f"{store.path} already has a run called {name!r}", fix="choose another name (--name)")

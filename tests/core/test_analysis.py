@@ -220,6 +220,27 @@ def test_probe_named_for_a_table_is_the_one_that_writes_it(table: str, probe: st
     assert (refused.value.fix or "").endswith(f": {probe}")
 
 
+@pytest.mark.parametrize(
+    ("name", "tables", "told"),
+    [
+        ("effects", ("effects",), "intervene effect (one), intervene sweep (many) or sae steer (doses)"),
+        ("sae_quality", ("sae_measures",), "moescope sae judge"),
+        ("feature_association", ("sae_measures",), "moescope sae read"),
+        ("expert_sparsity_routing", ("sae_measures",), "moescope sae experts --sparsity"),
+        ("neurons_against_sae", ("features", "sae_measures"), "moescope sae experts --neurons"),
+        ("top_features", ("features", "feature_contexts", "sae_measures"), "moescope sae read"),
+        ("head_circuit", ("heads",), "moescope sae circuit"),
+        ("head_map", ("heads",), "moescope phenomena MODEL"),
+    ],
+)
+def test_command_named_for_an_analysis_is_the_one_that_writes_what_it_reads(
+    name: str, tables: tuple[str, ...], told: str
+) -> None:
+    with pytest.raises(InputError) as refused:
+        Analysis(name, consistency, 1, tables, "s", None, 1)([FakeRun(tables={})], {})
+    assert told in (refused.value.fix or "")
+
+
 def test_incomplete_run_is_refused_with_the_way_to_have_it_anyway() -> None:
     with pytest.raises(IncompleteError, match=r"'base' is not complete.*allow_incomplete=True"):
         ONE([FakeRun(complete=False)], {})

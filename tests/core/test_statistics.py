@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moescope.core.statistics import benjamini_hochberg, bootstrap_ratio, document_weights, permutation_p
+from moescope.core.statistics import benjamini_hochberg, bootstrap_ratio, document_weights, permutation_p, quotient
 
 probability = st.sampled_from([0.0, 0.001, 0.01, 0.02, 0.049, 0.05, 0.3, 0.5, 1.0]) | st.floats(0, 1)
 
@@ -63,6 +63,13 @@ def test_one_document_has_an_estimate_and_no_interval() -> None:
 @pytest.mark.parametrize("numerator", [[0.0, 0.0], [1.0, 2.0]])
 def test_nothing_to_divide_by_gives_nan(numerator: list[float]) -> None:
     assert all(math.isnan(float(part)) for part in bootstrap_ratio(np.array(numerator), np.zeros(2)))
+
+
+def test_a_quotient_over_nothing_is_unknown_and_others_are_exact() -> None:
+    above, below = np.array([[3.0, 1.0], [0.0, -2.0]]), np.array([[2.0], [0.0]])
+    assert quotient(above, np.broadcast_to(below, above.shape)).tolist()[0] == [1.5, 0.5]
+    assert np.array_equal(quotient(above, below), [[1.5, 0.5], [np.nan, np.nan]], equal_nan=True)
+    assert quotient(np.array([4.0]), np.array([-2.0])).tolist() == [-2.0]
 
 
 def test_columns_are_resampled_together_and_broadcast() -> None:

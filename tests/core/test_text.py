@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moescope.core.text import escaped, undirected, whole_characters
+from moescope.core.text import escaped, printable, undirected, whole_characters
 
 # Unicode's own list: explicit directional formatting characters (UAX #9, section 2) and the implicit marks.
 DIRECTION = [
@@ -30,6 +30,16 @@ def test_other_text_stays_as_it_is(text: str) -> None:
     if not set(text) & {*DIRECTION, "\u200e", "\u200f", "\u061c"}:
         assert undirected(text) == text
         assert html.unescape(escaped(text)) == html.unescape(html.escape(text))
+
+
+# ECMA-48: the controls that a terminal obeys lie in C0, DEL and C1; line and tab are what text needs of them.
+@pytest.mark.parametrize("code", [*range(0x20), *range(0x7F, 0xA0)], ids=lambda code: f"U+{code:04X}")
+def test_no_control_reaches_a_terminal_but_line_and_tab(code: int) -> None:
+    assert printable(f"a{chr(code)}b") == (f"a{chr(code)}b" if code in (0x09, 0x0A) else "a\ufffdb")
+
+
+def test_letters_of_every_script_reach_a_terminal() -> None:
+    assert printable("naïve — Straße, 中文, אב, é") == "naïve — Straße, 中文, אב, é"
 
 
 @given(st.text(alphabet="<>&\"'ab/ ="))

@@ -1,13 +1,16 @@
 from __future__ import annotations
 
 import importlib.util
+import shlex
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import typer
 
+from moescope.cli.app import app
 from moescope.store.store import Store
 
 _SPEC = importlib.util.spec_from_file_location("planted", Path(__file__).parent / "planted.py")
@@ -16,6 +19,22 @@ assert _SPEC.loader is not None
 planted: Any = importlib.util.module_from_spec(_SPEC)
 sys.modules["planted"] = planted
 _SPEC.loader.exec_module(planted)
+
+
+@pytest.fixture(scope="session")
+def parsed() -> Callable[[str], dict[str, Any]]:
+    """What the command line makes of a command, without running it; what it refuses is raised."""
+
+    def parse(line: str) -> dict[str, Any]:
+        command: Any = typer.main.get_command(app)
+        first, *words = shlex.split(line)
+        assert first == "moescope"
+        context = command.make_context("moescope", [], resilient_parsing=True)
+        while hasattr(command, "get_command"):
+            command = command.get_command(context, words.pop(0))
+        return dict(command.make_context(command.name, words).params)
+
+    return parse
 
 
 @pytest.fixture

@@ -191,7 +191,3 @@ def test_candidates_of_the_same_texts_come_first(store_of: Callable[..., Store],
     store.connection.execute("UPDATE runs SET corpus_fingerprint = 'x' WHERE name = 'c'")
     links = [c.href for c in components(compare.candidates(store.run("a"))) if hasattr(c, "href")]
     assert [decode(href.partition("?")[2]).other for href in links] == ["b", "c"]
-
-
-def test_a_store_with_one_run_says_how_to_record_a_second(run: Any) -> None:
-    assert "moescope profile" in str(compare.layout(run, ViewState(run=run.name)))

@@ -3,7 +3,7 @@ from __future__ import annotations
 import importlib.util
 import sys
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ import pandas as pd
 import pytest
 from dash.development.base_component import Component
 
+from moescope.analysis_api import analyze
 from moescope.core.edit_text import read_edit
 from moescope.core.errors import InputError
 from moescope.dashboard.features_page.contexts import contexts, examples, step
@@ -18,7 +19,7 @@ from moescope.dashboard.features_page.feature_facts import FeatureFacts
 from moescope.dashboard.features_page.feature_view import feature_view
 from moescope.dashboard.features_page.latents import LatentLists, latent_list, page
 from moescope.dashboard.features_page.readings import Reading, chosen_reading, latent_edit, sae_rows
-from moescope.dashboard.features_page.tabs import PANELS, TABS, tab
+from moescope.dashboard.features_page.tabs import PANELS, TABS, Shown, filled_by, tab
 from moescope.dashboard.pages import features
 from moescope.dashboard.url_state import Layer, ViewState, decode
 from moescope.store.run import Run
@@ -279,8 +280,56 @@ def test_every_tab_shows_panels_where_there_is_something_and_a_command_where_not
         assert panels, name
         empty = tab(name, bare, reading)
         assert not [part for part in everything_in(empty) if getattr(part, "data-panel", None)]
-        assert text_of(empty).count("moescope sae ") >= len(PANELS[name])
-        assert "'planted sae'" in text_of(empty) or name in ("concepts", "steering")
+        for each in PANELS[name]:
+            assert filled_by(each, bare, reading) in text_of(empty), each.analysis
+
+
+@pytest.mark.parametrize("shown", [each for name in PANELS for each in PANELS[name]], ids=lambda each: each.analysis)
+def test_the_command_that_fills_a_panel_is_one_that_the_command_line_takes(
+    full: Run, reading: Reading, shown: Shown, parsed: Callable[[str], dict[str, Any]]
+) -> None:
+    read = parsed(filled_by(shown, full, reading))
+    assert read["store"] == full.store.path
+    if "{sae}" in shown.verb:
+        assert read["sae"] in ("planted sae", ["planted sae"])
+    if "{model}" in shown.verb:
+        assert read["model"] == "planted"
+    if shown.analysis == "head_circuit":
+        assert "run" not in read, "it records a run of its own"
+    else:
+        assert read.get("run", read.get("base")) == "full", "it is about the run shown"
+
+
+def test_a_latent_is_described_by_a_command_that_the_command_line_takes(
+    full: Run, reading: Reading, parsed: Callable[[str], dict[str, Any]]
+) -> None:
+    full.store.connection.execute("BEGIN")
+    full.store.connection.execute("DELETE FROM descriptions")
+    said = [part for part in everything_in(feature_view(full, reading, 3, ViewState())) if isinstance(part, str)]
+    full.store.connection.execute("ROLLBACK")
+    read = parsed(next(part for part in said if part.startswith("moescope sae describe")))
+    assert (read["sae"], read["run"], read["unit"]) == ("planted sae", "full", [3])
+
+
+def test_labels_and_rules_of_a_latent_are_those_of_its_analysis(full: Run, reading: Reading) -> None:
+    facts = FeatureFacts(full, reading, 2)
+    frame = analyze(full, "feature", sae=reading.name, feature=2).df()
+    for part, name, mine in (
+        ("label", "label", [(row["label"], row["lift"]) for row in facts.labels()]),
+        ("score", "metric", [(row["metric"], row["value"]) for row in facts.rules()]),
+    ):
+        theirs = frame[frame["part"] == part]
+        assert mine
+        assert mine == list(zip(theirs[name], theirs["value"], strict=True))
+
+
+def test_all_labels_of_a_latent_are_counted(tmp_path: Path) -> None:
+    names = [f"label {number:02}" for number in range(70)]
+    with Store(tmp_path / "runs.duckdb") as store:
+        run = records.plant(store, records.Plan(**records.everything(layers=1, n_experts=4, labels=names)), name="many")
+        found = chosen_reading(sae_rows(store), run, ViewState())
+        assert found is not None
+        assert {row["label"] for row in FeatureFacts(run, found, 1).labels()} == set(names)
 
 
 def test_a_store_without_autoencoders_says_how_to_train_one(tmp_path: Path) -> None:

@@ -135,7 +135,7 @@ def test_what_was_not_recorded_names_the_probe(store_of: Callable[..., Store], P
 def test_effects_lead_to_the_lab_and_to_their_panel(run: Any) -> None:
     effect = _plant_effect(run.store, run.name, value=0.5, controls=[0.1, 0.2])
     small = _plant_effect(run.store, run.name, value=-0.05, controls=[-0.1, 0.1])
-    section = effects_section(Answers(run.store), run, run.model)
+    section = effects_section(Answers(run.store), run)
     grid = next(c for c in components(section) if getattr(c, "id", None) == "ov-effects")
     assert [row["id"] for row in grid.rowData] == [effect, small]
     first, second = grid.rowData
@@ -144,10 +144,6 @@ def test_effects_lead_to_the_lab_and_to_their_panel(run: Any) -> None:
     assert decode(first["lab_href"].partition("?")[2]).edits == ("ablate layer=0 experts=1,2 how=route_around",)
     shown = decode(first["intervention_href"].partition("?")[2])
     assert (shown.given("finding"), shown.given("effect")) == ("effect", effect)
-
-
-def test_without_effects_the_command_is_told(run: Any) -> None:
-    assert "moescope intervene effect" in str(effects_section(Answers(run.store), run, "demo"))
 
 
 @pytest.mark.parametrize("text", [None, "", "{}", "not json", json.dumps({"format": 1, "edits": []})])

@@ -17,7 +17,7 @@ from moescope.core.errors import InputError
 from moescope.dashboard.answers import Answers
 from moescope.dashboard.pages import phenomena
 from moescope.dashboard.phenomena_page.answers_shown import head_table, super_expert_table, token_shown
-from moescope.dashboard.phenomena_page.expert_links import expert_place, linked_experts
+from moescope.dashboard.phenomena_page.expert_links import linked_experts
 from moescope.dashboard.phenomena_page.head_card import head_card, mask_edit
 from moescope.dashboard.phenomena_page.head_masking import masking
 from moescope.dashboard.phenomena_page.head_roles import roles
@@ -112,7 +112,7 @@ def test_names_of_experts_become_links_and_other_text_stays() -> None:
         " and <b>",
     ]
     assert hrefs(shown) == ["/experts?run=a%26b&layer=1&expert=3", "/experts?run=a%26b&layer=2.attn&expert=10"]
-    assert expert_place("L1·H3") is None
+    assert linked_experts("L1·H3", "a&b") == ["L1·H3"]
 
 
 def test_scores_of_a_head_are_those_of_the_table_with_their_ranks(full: Run) -> None:

@@ -1,13 +1,11 @@
 from __future__ import annotations
 
-import shlex
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-import typer
 
-from moescope.cli.app import app
 from moescope.core.errors import InputError
 from moescope.dashboard.app import create_app
 from moescope.dashboard.pages.work import begin, form
@@ -27,41 +25,35 @@ def _filled(kind: Kind) -> dict[str, Any]:
     return {"model": "demo", "data": "", "name": "", **values}
 
 
-def _parsed(line: str) -> dict[str, Any]:
-    """What the command line makes of it, without running it."""
-    command: Any = typer.main.get_command(app)
-    words = shlex.split(line)[1:]
-    context = command.make_context("moescope", [], resilient_parsing=True)
-    while hasattr(command, "get_command"):
-        command = command.get_command(context, words.pop(0))
-    return dict(command.make_context(command.name, words).params)
-
-
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
-def test_the_command_beside_a_form_is_one_that_the_command_line_takes(kind: Kind, store: Store) -> None:
+def test_the_command_beside_a_form_is_one_that_the_command_line_takes(
+    kind: Kind, store: Store, parsed: Callable[[str], dict[str, Any]]
+) -> None:
     values = _filled(kind) | {"data": "a b.jsonl", "name": "mine", "edit": "ablate layer=3 experts=5; top_k k=1"}
-    parsed = _parsed(command_line(kind, store, values))
-    assert parsed["model"] == "demo"
-    assert parsed["data"] == "a b.jsonl"
-    assert parsed["store"] == store.path
+    read = parsed(command_line(kind, store, values))
+    assert read["model"] == "demo"
+    assert read["data"] == "a b.jsonl"
+    assert read["store"] == store.path
     if kind.named:
-        assert parsed["name"] == "mine"
+        assert read["name"] == "mine"
     if kind.name == "effect":
-        assert parsed["edit"] == ["ablate layer=3 experts=5", "top_k k=1"]
+        assert read["edit"] == ["ablate layer=3 experts=5", "top_k k=1"]
     if kind.name == "study":
-        assert (parsed["site"], parsed["spec"]) == ("blocks.3.hook_mlp_out", ["topk:d=1024,k=16"])
+        assert (read["site"], read["spec"]) == ("blocks.3.hook_mlp_out", ["topk:d=1024,k=16"])
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
-def test_every_field_that_differs_from_its_default_is_in_the_command(kind: Kind, store: Store) -> None:
+def test_every_field_that_differs_from_its_default_is_in_the_command(
+    kind: Kind, store: Store, parsed: Callable[[str], dict[str, Any]]
+) -> None:
     for field in kind.fields:
         value = {
             "number": 7, "switch": True, "several": ["routing"],
             "text": {"edit": "top_k k=1", "spec": "topk:d=64,k=4", "site": "blocks.1.hook_mlp_out"}.get(field.name, "x"),
         }[field.form]  # fmt: skip
-        parsed = _parsed(command_line(kind, store, _filled(kind) | {field.name: value}))
+        read = parsed(command_line(kind, store, _filled(kind) | {field.name: value}))
         expected = [value] if field.name in ("edit", "spec") else value
-        assert str(parsed[field.name]) == str(expected), field.name
+        assert str(read[field.name]) == str(expected), field.name
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,6 @@ from moescope.probes.anatomy import find_anatomy
 from moescope.probes.attention_reduced import attention_reduced
 from moescope.probes.attention_slices import PatternSlices
 from moescope.probes.attention_statistics import METRICS, POSITIONS, SINK_METRIC, AttentionSums, reduce_pattern
-from moescope.probes.attention_summary import attention_statistics
 from moescope.probes.attention_taps import PATTERN_SLICES, reducible_sites, tap_attention
 from moescope.probes.families.tiny import build_tiny
 
@@ -332,11 +331,8 @@ def test_a_decode_step_has_its_own_keys_last(demo_model: Any) -> None:
 
 
 def test_a_layer_that_is_not_there_is_refused(demo_model: Any) -> None:
-    with pytest.raises(ms.InputError, match=r"no layer 9.*layers 0 to 5"):
-        attention_statistics(demo_model, [[5, 6]], layers=[9])
-
-
-@pytest.mark.parametrize("ids", [[], [[]], [[5], []]])
-def test_nothing_to_run_is_refused(ids: Any, demo_model: Any) -> None:
-    with pytest.raises(ms.InputError, match="nothing to run"):
-        attention_statistics(demo_model, ids)
+    with (
+        pytest.raises(ms.InputError, match=r"no layer 9.*layers 0 to 5"),
+        attention_reduced(demo_model, [9], lambda _, slices: None),
+    ):
+        pytest.fail("it was taken")

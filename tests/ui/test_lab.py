@@ -137,7 +137,7 @@ def test_a_slider_changes_the_strength_and_at_0_the_answer_is_exactly_the_unedit
 def test_undo_redo_and_back_bring_edits_back(lab: Any, browser: Any) -> None:
     browser.open(address(lab, EDIT), READY)
     answered(browser, EDIT)
-    browser.js("return window.moescope.add_edit('bias layer=2 experts=4 value=2.0')")
+    browser.js(f"return window.moescope.change({{edits: '{EDIT};bias layer=2 experts=4 value=2.0'}})")
     answered(browser, f"{EDIT};bias layer=2 experts=4 value=2.0")
     browser.click("#lab-undo")
     answered(browser, EDIT)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from moescope.cli.output import as_json, facts
+from moescope.cli.store_check import check_store
 from moescope.core.errors import InputError
 
 
@@ -46,7 +47,7 @@ def tell_plan(
             rows = [sae_row(opened, name) for name in saes]
             told |= {"autoencoders": ", ".join(f"{row['name']} at {row['site']}" for row in rows)} if rows else {}
     elif run is not None or saes or not any_run:
-        raise InputError(f"there is no store at {store}", fix="name it with --store")
+        check_store(store)
     told |= {} if model is None else {"model": model if isinstance(model, str) else repr(model)}
     told |= more
     as_json(told) if json else facts(told)

@@ -12,6 +12,7 @@ from moescope.cli.completion import autoencoder_names
 from moescope.cli.flags import DryRun, InStore, Json, Yes
 from moescope.cli.output import as_json, facts, news
 from moescope.cli.sae.train import show_saes
+from moescope.cli.store_check import check_store
 from moescope.core.errors import InputError
 
 
@@ -34,8 +35,7 @@ def delete(
     from moescope.sae.catalogue import delete_saes, sae_row
     from moescope.store.store import Store
 
-    if not store.exists():
-        raise InputError(f"there is no store at {store}", fix="name it with --store")
+    check_store(store)
     with Store(store, read_only=dry_run) as opened:
         rows = [sae_row(opened, name) for name in dict.fromkeys(names)]
         if dry_run:

@@ -26,7 +26,7 @@ from moescope.cli.flags import (
 )
 from moescope.cli.output import as_json, news, table
 from moescope.cli.sae.asked import tell_plan
-from moescope.core.errors import InputError
+from moescope.cli.store_check import check_store
 
 if TYPE_CHECKING:
     from moescope.sae.concepts.describe import Descriptions
@@ -97,8 +97,7 @@ def describe(
     from moescope.store.store import Store
 
     complete = completion_command(command, timeout=timeout)
-    if not store.exists():
-        raise InputError(f"there is no store at {store}", fix="name it with --store")
+    check_store(store)
     if dry_run:
         tell_plan(
             store,

@@ -26,6 +26,7 @@ from moescope.cli.flags import (
 )
 from moescope.cli.output import as_json, facts, news, printable, said, table
 from moescope.cli.sae.asked import check_documents, tell_plan
+from moescope.cli.store_check import check_store
 from moescope.core.errors import InputError
 
 if TYPE_CHECKING:
@@ -108,8 +109,7 @@ def experts(
 
     check_documents(documents)
     asked, latents = _numbers(layers, "layers"), _numbers(features, "features")
-    if not store.exists():
-        raise InputError(f"there is no store at {store}", fix="name it with --store")
+    check_store(store)
     if dry_run:
         tell_plan(store, run=run, saes=[sae], model=model, json=json, controls=controls)
         return

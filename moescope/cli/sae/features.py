@@ -12,7 +12,7 @@ from moescope.cli.completion import autoencoder_names
 from moescope.cli.export import only_run
 from moescope.cli.flags import InStore, Json, OneRun, Output
 from moescope.cli.output import as_json, facts, news, printable, said, table
-from moescope.core.errors import InputError
+from moescope.cli.store_check import check_store
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -54,8 +54,7 @@ def features(
     from moescope.analysis_api import analyze
     from moescope.store.store import Store
 
-    if not store.exists():
-        raise InputError(f"there is no store at {store}", fix="name it with --store")
+    check_store(store)
     with Store(store, read_only=True) as opened:
         found = only_run(opened, run)
         if feature is not None:

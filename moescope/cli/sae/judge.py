@@ -28,6 +28,7 @@ from moescope.cli.flags import (
 )
 from moescope.cli.output import as_json, facts, news, printable, said, table
 from moescope.cli.sae.asked import check_documents, tell_plan
+from moescope.cli.store_check import check_store
 from moescope.core.errors import InputError
 
 if TYPE_CHECKING:
@@ -103,8 +104,7 @@ def judge(
     from moescope.sae.loading import load_autoencoder
     from moescope.store.store import Store
 
-    if not store.exists():
-        raise InputError(f"there is no store at {store}", fix="name it with --store")
+    check_store(store)
     if run is not None and data is not None:
         raise InputError("a run and a corpus both say what to judge on", fix="give --run or --data, not both")
     check_documents(documents)

@@ -12,6 +12,7 @@ from moescope.cli.export import only_run
 from moescope.cli.flags import DryRun, InStore, Json, OneRun, Seed, UseSae
 from moescope.cli.output import as_json, facts, news, said, table
 from moescope.cli.sae.asked import tell_plan
+from moescope.cli.store_check import check_store
 from moescope.core.errors import InputError
 
 if TYPE_CHECKING:
@@ -86,8 +87,7 @@ def probe(
     ):
         if value not in known:
             raise InputError(f"--{name} cannot be {value!r}", expected=", ".join(known))
-    if not store.exists():
-        raise InputError(f"there is no store at {store}", fix="name it with --store")
+    check_store(store)
     if dry_run:
         tell_plan(store, run=run, saes=[] if sae is None else [sae], model=None, json=json, units=units, tokens=tokens)
         return

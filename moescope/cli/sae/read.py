@@ -27,7 +27,7 @@ from moescope.cli.flags import (
 )
 from moescope.cli.output import as_json, facts, news
 from moescope.cli.sae.asked import check_documents, tell_plan
-from moescope.core.errors import InputError
+from moescope.cli.store_check import check_store
 
 _Top = Annotated[int, typer.Option(min=1, help="Largest activations kept of each latent, one a document.")]
 _Strata = Annotated[int, typer.Option(min=1, help="Quantiles of activation that examples are drawn from.")]
@@ -68,8 +68,7 @@ def read(
     from moescope.sae.reading.read import read_features
     from moescope.store.store import Store
 
-    if not store.exists():
-        raise InputError(f"there is no store at {store}", fix="name it with --store")
+    check_store(store)
     check_documents(documents)
     if dry_run:
         tell_plan(store, run=run, saes=[sae, *(other or ())], model=model, json=json)

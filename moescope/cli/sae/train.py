@@ -11,7 +11,7 @@ import typer
 from moescope.cli.completion import run_names
 from moescope.cli.flags import Device, DryRun, InStore, Json, Seed
 from moescope.cli.output import as_json, facts, news, table
-from moescope.core.errors import InputError
+from moescope.cli.store_check import check_store
 
 _Run = Annotated[
     str, typer.Option("--run", help="The run whose vectors to train on.", show_default=False, autocompletion=run_names)
@@ -92,8 +92,7 @@ def train(
     from moescope.store.store import Store
 
     specs = [SaeSpec.parse(text) for text in spec]
-    if not store.exists():
-        raise InputError(f"there is no store at {store}", fix="name it with --store")
+    check_store(store)
     options: dict[str, Any] = {
         "site": site, "target_site": target_site, "expert": expert, "head": head, "vectors": vectors, "names": name or None,
         "batch_size": batch_size, "held_out": held_out, "max_norm_ratio": max_norm_ratio, "skip_first": skip_first,

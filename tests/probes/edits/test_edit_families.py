@@ -12,7 +12,7 @@ import moescope as ms
 import moescope.edits as e
 from moescope.core.sites import EXPERT_INDICES, EXPERT_WEIGHTS, Site
 from moescope.probes.edits.session import edited
-from moescope.probes.edits.support import edit_support, support_markdown
+from moescope.probes.edits.support import edit_support
 from moescope.probes.families.tiny import ENCODER_DECODER_TYPES, build_tiny, moe_model_types
 from moescope.probes.taps import tapped
 
@@ -64,9 +64,8 @@ def test_every_family_takes_edits_of_decisions_or_says_why(types: tuple[str, ...
     for table in tables.values():
         assert {s.edit for s in table.values()} == set(next(iter(tables.values())))
         assert all(s.reason for s in table.values() if not s.works)
-    text = support_markdown(tables)
-    assert text.count("\n| ") == len(tables)
-    assert "table of token ids" in text
+    reasons = {s.reason for table in tables.values() for s in table.values() if s.reason}
+    assert any("table of token ids" in reason for reason in reasons)
 
 
 def _routers(model: Any) -> list[tuple[int, str]]:

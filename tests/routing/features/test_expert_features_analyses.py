@@ -11,6 +11,7 @@ import pytest
 
 from moescope.analysis_api import analyze
 from moescope.core.errors import InputError
+from moescope.routing.features.feature_tables import chosen_sae
 from moescope.store.run import Run
 
 Plant = Callable[..., Run]
@@ -131,3 +132,10 @@ def test_neurons_that_were_not_read_are_asked_for(plant: Plant, planted: ModuleT
     made.store.connection.execute("DELETE FROM features WHERE run_id = ? AND sae_id <> ?", [made.run_id, beside.SAE_ID])
     with pytest.raises(InputError, match="no layer's neurons were read"):
         analyze(made, "neurons_against_sae", sae=SAE)
+
+
+def test_latents_that_were_not_joined_to_experts_lead_to_the_command_that_joins_them(run: Run) -> None:
+    with pytest.raises(InputError, match=r"moescope sae experts, or ms\.sae\.feature_experts"):
+        chosen_sae(run, "nobody", table="feature_experts")
+    with pytest.raises(InputError, match=r"moescope sae read, or ms\.sae\.read\b"):
+        chosen_sae(run, "nobody")

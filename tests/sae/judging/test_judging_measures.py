@@ -17,7 +17,7 @@ from moescope.sae.judging.absorption import absorption_rows
 from moescope.sae.judging.controls import Own, Pca, PcaTopK, RandomDecoder, Shuffled, Zero, controls_for
 from moescope.sae.judging.latents import decoder_rows, firing, latent_rows, nearest_cosines
 from moescope.sae.judging.logistic import fit_logistic, log_losses
-from moescope.sae.judging.probing import Question, auc_with_interval, most_correlated, probe_rows
+from moescope.sae.judging.probing import Question, auc_draws, most_correlated, probe_rows, with_bounds
 from moescope.sae.judging.reconstruction import reconstruction_rows
 from moescope.sae.judging.rows import ByDocument, MeasureRow
 from moescope.sae.judging.run_tokens import RunTokens, some_sequences, split
@@ -215,7 +215,7 @@ def test_auc_counts_pairs() -> None:
     random = np.random.default_rng(0)
     score, answer = random.integers(0, 5, 60).astype(float), random.random(60) < 0.3
     pairs = [(a > b) + (a == b) / 2 for a in score[answer] for b in score[~answer]]
-    found, low, high = auc_with_interval(score, answer, ByDocument(np.arange(60) % 12), seed=0)
+    found, low, high = with_bounds(auc_draws(score, answer, ByDocument(np.arange(60) % 12), seed=0))
     assert found == pytest.approx(np.mean(pairs))
     assert low is not None
     assert high is not None

@@ -178,7 +178,7 @@ def test_values_of_latents_come_from_their_features(sae: Any, recorded: Any) -> 
         assert (edit.layer, edit.site, edit.sae) == (2, "hook_resid_post", "planted")
     with pytest.raises(InputError, match="no latent 12"):
         latent_edit(sae, 12, value=1.0)
-    with pytest.raises(InputError, match="not known"):
+    with pytest.raises(InputError, match=r"not known.*moescope sae read"):
         latent_edit(sae, 0, value="mean", store=recorded.store)
     with pytest.raises(InputError, match="not known"):
         latent_edit(sae, 3)
