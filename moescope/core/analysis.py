@@ -204,7 +204,7 @@ def _how_to_get(analysis: str, missing: Sequence[str]) -> str:
     """What to do for tables to have the rows that an analysis reads."""
     if "effects" in missing:
         return (
-            "measure it against this run: moescope intervene effect (one), intervene sweep (many) or sae steer (doses); "
+            "measure an intervention against this run: moescope intervene effect (one), intervene sweep (many) or sae steer (doses); "
             "ms.effect, ms.sweep, ms.sae.dose_response"
         )
     if verb := _VERB_OF_ANALYSIS.get(analysis):

@@ -57,7 +57,7 @@ def drop_curves(
         >>> from moescope.sweep_api import sweep
         >>> with ms.Store(pathlib.Path(tempfile.mkdtemp()) / "runs.duckdb") as store:
         ...     found = sweep(ms.load("demo"), ["Hello world.", "It rains."], store, kind="drop", shares=[0.25],
-        ...                   scores="frequency", draws=2, progress=False)
+        ...                   scores="frequency", controls=2, progress=False)
         ...     round(float(found.df()["share"][0]), 2)
         0.25
     """
@@ -91,7 +91,7 @@ def keep_curves(
         >>> from moescope.sweep_api import sweep
         >>> with ms.Store(pathlib.Path(tempfile.mkdtemp()) / "runs.duckdb") as store:
         ...     found = sweep(ms.load("demo"), ["Hello world.", "It rains."], store, kind="keep", shares=[0.5],
-        ...                   scores="frequency", draws=2, progress=False)
+        ...                   scores="frequency", controls=2, progress=False)
         ...     round(float(found.df()["share"][0]), 2)
         0.5
     """

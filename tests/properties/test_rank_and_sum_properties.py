@@ -65,6 +65,15 @@ def test_a_mean_by_document_is_the_mean_of_what_is_known(pairs: list[tuple[int, 
     )
 
 
+def test_the_interval_of_a_mean_by_document_draws_documents_and_not_values() -> None:
+    values, document = np.array([1.0, 2.0, 3.0, math.nan, 10.0, 0.0]), np.array([0, 0, 0, 0, 2, 2])
+    found = mean_by_document(values, document, draws=200, seed=3)
+    by_hand = bootstrap_ratio(np.array([6.0, 10.0]), np.array([3.0, 2.0]), draws=200, seed=3)
+    assert list(found.values()) == pytest.approx([float(part) for part in by_hand])
+    nothing = mean_by_document(np.array([]), np.array([], np.int64), draws=5, seed=0)
+    assert set(nothing.values()) == {None}
+
+
 def test_a_quotient_over_nothing_is_unknown() -> None:
     assert quotient(np.array([3.0, 1.0]), np.array([2.0, 4.0])).tolist() == [1.5, 0.25]
     assert np.isnan(quotient(np.array([1.0, 1.0]), np.array([0.0, -1.0]))).all()
@@ -168,6 +177,24 @@ def test_codes_of_paths_are_equal_where_paths_are(paths: list[list[int]]) -> Non
         codes = path_codes([np.array(column) for column in zip(*paths, strict=True)], [size] * 3).tolist()
         for (a, one), (b, other) in itertools.combinations(zip(codes, paths, strict=True), 2):
             assert (a == b) == (one == other)
+
+
+@given(st.lists(st.tuples(st.integers(0, 2), st.integers(0, 4), st.integers(0, 1)), min_size=1, max_size=12))
+def test_codes_that_fit_are_the_places_of_paths_in_an_array(paths: list[tuple[int, int, int]]) -> None:
+    columns = [np.array(column) for column in zip(*paths, strict=True)]
+    codes = path_codes(columns, (3, 5, 2))
+    assert codes.dtype == np.int64
+    assert codes.tolist() == np.ravel_multi_index(tuple(columns), (3, 5, 2)).tolist()
+
+
+@given(
+    st.lists(st.lists(st.sampled_from([0, 1, 2**30, 2**31 - 1]), min_size=5, max_size=5), min_size=1, max_size=12),
+    st.sampled_from([2**31, 2**32 - 1, 2**40]),
+)
+def test_codes_tell_paths_apart_that_no_whole_number_has_room_for(paths: list[list[int]], size: int) -> None:
+    codes = path_codes([np.array(column) for column in zip(*paths, strict=True)], [size] * 5)
+    assert codes.dtype == np.int64
+    assert len(np.unique(codes)) == len(set(map(tuple, paths)))
 
 
 @given(st.lists(st.integers(1, 40), min_size=2, max_size=40), st.integers(1, 3))

@@ -54,6 +54,20 @@ def test_measures_of_load_know_neither_names_nor_scale(counts: list[int], factor
         assert low - 1e-9 <= float(value) <= high + 1e-9, name
 
 
+def test_the_bounds_of_measures_are_those_of_an_even_load_and_of_one_expert_that_takes_all() -> None:
+    even, single = load_measures(np.full(8, 5.0)), load_measures(np.eye(8)[0])
+    for name, value in {"CV": 0, "max ÷ mean": 1, "MaxVio": 0, "dead experts": 0, "starved experts": 0}.items():
+        assert even[name] == MEASURES[name][1] == value, name
+    for name in ("normalised entropy", "Jain's index", "experts used"):
+        assert even[name] == pytest.approx(MEASURES[name][2]) == 1, name
+    assert single["effective experts"] == MEASURES["effective experts"][1] == 1
+    assert single["normalised entropy"] == MEASURES["normalised entropy"][1] == 0
+    most = load_measures(np.eye(10_000)[0])
+    for name, limit in {"dead experts": 1, "starved experts": 1, "experts used": 0, "Jain's index": 0}.items():
+        assert most[name] == pytest.approx(limit, abs=1e-3), name
+        assert limit in MEASURES[name][1:], name
+
+
 def test_measures_of_load_are_undefined_where_nothing_was_chosen_and_whole_for_one_expert() -> None:
     assert all(np.isnan(value) for value in load_measures(np.zeros(4)).values())
     one = {name: float(value) for name, value in load_measures(np.array([7.0])).items()}
