@@ -51,7 +51,17 @@ def scheme(browser: Any, name: str) -> None:
     )
 
 
-@pytest.mark.parametrize("page", sorted(pages, key=lambda page: page.path), ids=lambda page: page.path)
+# Between them these show every kind of part: cards, grids, heat maps, tokens, forms and tabs.
+ALWAYS = ("/", "/experts", "/lab", "/routing", "/tokens")
+
+
+@pytest.mark.parametrize(
+    "page",
+    [
+        pytest.param(page, id=page.path, marks=() if page.path in ALWAYS else pytest.mark.slow)
+        for page in sorted(pages, key=lambda page: page.path)
+    ],
+)
 def test_a_page_has_no_serious_finding(browser: Any, moe: tuple[str, Path], axe: str, page: Any) -> None:
     browser.open(f"{moe[0]}{page.path}", SETTLED)
     scheme(browser, "light")
