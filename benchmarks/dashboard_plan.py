@@ -114,7 +114,7 @@ PLANS: dict[str, PagePlan] = {
                     "window.moescope.change({layer: {i} * 5 % 48, expert: {i} * 11 % 64})", changed(".detail-title, #expert-full h2")
                 ),
                 "measure": Interaction(
-                    "window.moescope.change({measure: ['load', 'weight', 'norm'][{i} % 3]})",
+                    "window.moescope.change({measure: ['weight', 'norm', 'load'][{i} % 3]})",
                     changed("#expert-table-words, .page .ag-row"),
                 ),
             },
@@ -138,7 +138,7 @@ PLANS: dict[str, PagePlan] = {
         PagePlan("/sql", useful="document.querySelector('#sql-text')", figure=""),
         PagePlan(
             "/features",
-            figure=BELOW,
+            figure="",  # below a table of latents: not measured
             useful="document.querySelector('#features-body .ag-row, #features-body .card-value, #features-body .facts')",
             interactions={
                 "a feature": Interaction(
