@@ -57,9 +57,10 @@ _SCORES = """
 """
 _BEST = """
     SELECT coalesce(
-        (SELECT arg_max(group_value::INTEGER, value) FROM sae_measures
-            WHERE run_id = $run AND sae_id = $sae AND group_kind = 'feature' AND condition = 'sae' AND metric LIKE 'predicted_by_%'),
-        (SELECT arg_max(feature, active) FROM features WHERE run_id = $run AND sae_id = $sae))
+        (SELECT arg_max(group_value::INTEGER, (value, -group_value::INTEGER)) FROM sae_measures
+            WHERE run_id = $run AND sae_id = $sae AND group_kind = 'feature' AND condition = 'sae' AND metric LIKE 'predicted_by_%'
+                AND value IS NOT NULL),
+        (SELECT arg_max(feature, (active, -feature)) FROM features WHERE run_id = $run AND sae_id = $sae))
 """
 _COLUMNS = (
     ("part", pa.string()), ("stratum", pa.int64()), ("rank", pa.int64()), ("text", pa.string()), ("label", pa.string()),

@@ -18,7 +18,8 @@ from moescope.store.run import Run
 
 By = Literal["position", "channel"]
 
-# Positions from 16 on are put together by powers of two, so that the first tokens stand alone and a long text still fits.
+# Positions from 16 on are put together by powers of two, so that the first tokens stand alone and a long text still fits. Of equal
+# values the first token's is told: every text begins alike, and which one is met first is no answer.
 _BY_POSITION = """
     WITH seen AS (
         SELECT r.layer, r.token, t.position, abs(r.top_values[1])::DOUBLE AS value, r.top_channels[1]::INTEGER AS channel,
@@ -29,8 +30,9 @@ _BY_POSITION = """
         LEFT JOIN residual_sequences m ON m.run_id = r.run_id AND m.sequence_id = t.sequence_id AND m.layer = r.layer
         WHERE r.run_id = $run AND isfinite(r.top_values[1])
     )
-    SELECT layer, first, 'largest |x|' AS metric, max(value) AS value, arg_max(channel, value) AS channel,
-        arg_max(position, value) AS position, arg_max(token, value) AS token, arg_max(value / nullif(median_abs, 0), value) AS ratio,
+    SELECT layer, first, 'largest |x|' AS metric, max(value) AS value, arg_max(channel, (value, -token)) AS channel,
+        arg_max(position, (value, -token)) AS position, arg_max(token, (value, -token)) AS token,
+        arg_max(value / nullif(median_abs, 0), (value, -token)) AS ratio,
         count(*) FILTER (value > $smallest AND value >= $times * median_abs) AS massive, count(*) AS n
     FROM seen
     GROUP BY layer, first
@@ -57,8 +59,9 @@ _BY_CHANNEL = """
         ORDER BY max(value) DESC, channel
         LIMIT $top
     )
-    SELECT layer, channel AS first, 'largest |x|' AS metric, max(value) AS value, channel, arg_max(position, value) AS position,
-        arg_max(token, value) AS token, arg_max(value / nullif(median_abs, 0), value) AS ratio,
+    SELECT layer, channel AS first, 'largest |x|' AS metric, max(value) AS value, channel, arg_max(position, (value, -token)) AS position,
+        arg_max(token, (value, -token)) AS token,
+        arg_max(value / nullif(median_abs, 0), (value, -token)) AS ratio,
         count(*) FILTER (value > $smallest AND value >= $times * median_abs) AS massive, count(*) AS n
     FROM seen
     SEMI JOIN foremost USING (channel)

@@ -241,3 +241,20 @@ def test_every_number_is_what_loops_over_the_plan_find(
         )
         for (c, _), seen in kinds.items()
     )  # fmt: skip
+
+
+def test_of_equal_largest_values_the_first_token_is_told_each_time(plant: Plant, planted: ModuleType) -> None:
+    lengths = [30_000] * 10  # more rows than one thread reads
+    n = sum(lengths)
+    values = np.tile([9.0, 2.0, 1.0], (n, 1))
+    stream = planted.Stream(
+        np.full(n, 10.0), values=values, channels=np.tile([5, 6, 7], (n, 1)), median=np.linspace(0.5, 1.0, 10)
+    )
+    run = plant(lengths=lengths, streams={0: stream})
+    for _ in range(3):
+        for by, rows in (("position", 27), ("channel", 3)):
+            frame = analyze(run, "massive_map", by=by).df()
+            assert len(frame) == rows
+            tokens = frame["token"].tolist()
+            assert tokens == (frame["position"].tolist() if by == "position" else [0, 0, 0])
+            assert frame["ratio"].iloc[0] == pytest.approx(9 / 0.5)
